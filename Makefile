@@ -1,0 +1,34 @@
+# make demo   set up the environment, then run the documented commands
+# make test   set up the environment, then lint, type-check and test (under 10 minutes on 2 cores)
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/run.stamp
+	$(PY) SLmain.py --model_name=esmm
+
+test: lint
+	$(PY) -m pytest
+
+test-slow: .venv/dev.stamp
+	$(PY) -m pytest -m slow
+
+lint: .venv/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+# One environment; a stamp for each list of requirements that it holds.
+.venv/run.stamp: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev.stamp: requirements-dev.txt .venv/run.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis

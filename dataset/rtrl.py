@@ -1,0 +1,294 @@
+"""MDP tables to arrays: what `dataset.prepare` wrote, or the tables that the paper's authors published.
+
+A folder holds `train.csv`, `val.csv`, `test.csv` and `item_feadf.csv`. With a `manifest.json` beside them the files
+are checked against it, and it names the fields and the tasks; without one the folder is read as the published tables
+(columns timestamp, visitorid, itemid, click, pay, state, next_state; the last two are not used).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataset.files import Kind, UserError, read_json, read_table, sha256
+from dataset.prepare import LONG_TAILED, PROPERTIES, SPLITS
+
+Ids = NDArray[np.int64]
+Floats = NDArray[np.float32]
+Numerical = Literal["session", "none"]
+Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
+
+NUMERICAL = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
+_PUBLISHED = {
+    "source": "RetailRocket, tables as published by the paper's authors",
+    "categorical": list(PROPERTIES),
+    "long_tailed": list(LONG_TAILED),
+    "tasks": [{"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "pay"}],
+}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One categorical field of n rows: `values[codes[i]]` is row i's value; code -1 is a missing one."""
+
+    codes: NDArray[np.int64]  # (n,)
+    values: NDArray[np.object_]  # (number of distinct values,) of str
+
+
+class RetailRocketRLDataset:
+    """One split of the MDP tables as arrays, rows in order of session and time.
+
+    Attributes:
+        fields: per field name its `Field`, before any mapping to ids.
+        categorical: (n, F) int64 ids; set by `Catemapper.map`.
+        numerical: (n, N) float32, the session so far (`NUMERICAL`), or one column of zeros.
+        labels: (n, T) float32, 0 or 1; T = 2: click (CTR), pay (CTCVR).
+        session: (n,) int64; rows of one session are neighbours.
+        timestamp: (n,) int64 ms.
+        best: (n, T) float64 true probabilities if the log is simulated, else None.
+    """
+
+    def __init__(self, table: pd.DataFrame, items: pd.DataFrame, field_names: list[str], label_names: list[str],
+                 numerical: Numerical = "session", best: NDArray[np.float64] | None = None) -> None:
+        order = _session_order(table)
+        table = table.iloc[order]
+        self.session: Ids = table["sessionid"].to_numpy()
+        self.timestamp: Ids = table["timestamp"].to_numpy()
+        self.labels: Floats = table[label_names].to_numpy(np.float32)
+        self.best = None if best is None else best[order]
+        at = pd.Index(items["itemid"]).get_indexer(pd.Index(table["itemid"]))  # -1: an item without properties
+        self.fields = {name: _field(items[name].to_numpy(), at) for name in field_names}
+        self.numerical: Floats = (session_so_far(table) if numerical == "session"
+                                  else np.zeros((len(table), 1), np.float32))
+        self._categorical: Ids | None = None
+        self.field_dims: list[int] = []
+
+    @property
+    def categorical(self) -> Ids:
+        if self._categorical is None:
+            raise RuntimeError("the data set has no ids yet: call Catemapper.map(dataset) first")
+        return self._categorical
+
+    def set_ids(self, categorical: Ids, field_dims: list[int]) -> None:
+        self._categorical, self.field_dims = categorical, field_dims
+
+    @property
+    def numerical_num(self) -> int:
+        return self.numerical.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.session)
+
+    def __getitem__(self, index: Any) -> tuple[Ids, Floats, Floats]:
+        """Return ids, numbers and labels of the rows `index` (a number, a slice or an array)."""
+        return self.categorical[index], self.numerical[index], self.labels[index]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits of a data set, its description, and the fingerprint that names this very data."""
+
+    train: RetailRocketRLDataset
+    val: RetailRocketRLDataset
+    test: RetailRocketRLDataset
+    manifest: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def long_tailed(self) -> list[str]:
+        return list(self.manifest["long_tailed"])
+
+    @property
+    def task_names(self) -> list[str]:
+        return [task["name"] for task in self.manifest["tasks"]]
+
+
+class Batches:
+    """A data set on a device, cut into batches by index; iterates over (ids, numbers, labels).
+
+    Args:
+        dataset: a mapped data set, n rows.
+        batch_size: B; the last batch holds what is left.
+        device: where the tensors live, all of them, from now on.
+        seed: None: in order. A number: every pass in an order of its own, a function of (seed, `epoch`) alone.
+    """
+
+    def __init__(self, dataset: RetailRocketRLDataset, batch_size: int, device: torch.device | str = "cpu",
+                 seed: int | None = None) -> None:
+        self.tensors: Batch = (torch.from_numpy(dataset.categorical).to(device),
+                               torch.from_numpy(dataset.numerical).to(device),
+                               torch.from_numpy(dataset.labels).to(device))
+        self.session = dataset.session
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return -(-len(self.session) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        ids, numbers, labels = self.tensors
+        if self.seed is None:
+            yield from zip(ids.split(self.batch_size), numbers.split(self.batch_size), labels.split(self.batch_size),
+                           strict=True)
+            return
+        order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(ids)))
+        for index in order.to(ids.device).split(self.batch_size):
+            yield ids[index], numbers[index], labels[index]
+
+
+def session_so_far(table: pd.DataFrame) -> Floats:
+    """Numbers known when a row is shown, from earlier rows of its session alone; (n, 6) float32, see `NUMERICAL`.
+
+    With t the row's place in its session, from 0, and c, p the clicks and purchases among its earlier rows so far:
+    log(1 + t), c / (t + 1), p / (t + 1), whether the row before was clicked, was paid, and log(1 + seconds since the
+    row before) / 10. Where the table has click_time and pay_time, an outcome counts only once it has happened: a
+    purchase at the session's end says nothing to the rows before it. Without them (the published tables) it counts
+    from the next row on. `table` is in session order.
+    """
+    session, time = table["sessionid"].to_numpy(), table["timestamp"].to_numpy()
+    rows = np.arange(len(table))
+    opens = np.append(True, session[1:] != session[:-1])
+    start = np.maximum.accumulate(np.where(opens, rows, 0))  # (n,) first row of the row's session
+    place = (rows - start).astype(np.float64)
+    gap = np.where(opens, 0.0, np.diff(time, prepend=time[:1]) / 1000.0)
+
+    columns = [np.log1p(place)]
+    lasts = []
+    for label in ("click", "pay"):
+        known, last = _known_outcomes(table, label, start, rows)
+        columns.append(known / (place + 1.0))
+        lasts.append(last)
+    return np.column_stack([*columns, *lasts, np.log1p(gap) / 10.0]).astype(np.float32)
+
+
+def _known_outcomes(table: pd.DataFrame, label: str, start: Ids, rows: Ids) -> tuple[NDArray[Any], NDArray[Any]]:
+    """How many outcomes of earlier rows are known at each row, and whether the row before has a known one."""
+    happened = table[label].to_numpy() > 0
+    follows = start < rows
+    if f"{label}_time" not in table:
+        before = np.concatenate([[0], np.cumsum(happened)])[:-1]
+        return before - before[start], np.append(False, happened[:-1]) & follows
+    time = table["timestamp"].to_numpy()
+    # Outcomes by (session, time); those of rows before a given row and earlier than its time are known to it. An
+    # outcome is never earlier than its own row, so "earlier than row t" already means "of a row before t" (or a tie).
+    when = np.maximum(table[f"{label}_time"].fillna(0).to_numpy(np.int64), time)
+    order = np.lexsort((when[happened], start[happened]))
+    keys = start[happened][order], when[happened][order]
+    known = _count_before(keys, start, time) - _count_before(keys, start, np.zeros_like(time))
+    last = np.append(False, happened[:-1] & (when[:-1] < time[1:])) & follows
+    return known, last
+
+
+def _count_before(keys: tuple[Ids, Ids], session: Ids, time: Ids) -> Ids:
+    """For each (session, time) the number of `keys`, sorted pairs, that are smaller."""
+    both = np.concatenate([session, keys[0]]), np.concatenate([time, keys[1]])
+    is_key = np.append(np.zeros(len(session), bool), np.ones(len(keys[0]), bool))
+    order = np.lexsort((is_key, both[1], both[0]))  # at a tie the row comes first: the outcome is not known yet
+    counts = np.empty(len(order), np.int64)
+    counts[order] = np.cumsum(is_key[order])
+    return counts[: len(session)]
+
+
+def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
+    """Read a folder of MDP tables. Raises UserError naming the file, line and column that is missing or wrong."""
+    files = [*(f"{name}.csv" for name in SPLITS), "item_feadf.csv"]
+    missing = [name for name in files if not (path / name).exists()]
+    if missing:
+        raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
+                        "anew with python3 -m dataset.prepare")
+    prepared = (path / "manifest.json").exists()
+    manifest = _check_manifest(path) if prepared else dict(_PUBLISHED)
+    outputs = manifest["outputs"] if prepared else {name: sha256(path / name) for name in files}
+    fingerprint = hashlib.sha256("".join(outputs[name] for name in files).encode()).hexdigest()[:16]
+
+    names = [str(name) for name in manifest["categorical"]]
+    labels = [str(task["label"]) for task in manifest["tasks"]]
+    kinds: dict[str, Kind] = {"itemid": "id", **{name: "optional_text" for name in names}}  # type: ignore[dict-item]
+    items = read_table(path / "item_feadf.csv", kinds)
+    twice = items["itemid"].duplicated().to_numpy()
+    if twice.any():
+        item = items["itemid"][int(twice.argmax())]
+        raise UserError(f"{path / 'item_feadf.csv'}, line {int(twice.argmax()) + 2}, column 'itemid': "
+                        f"item {item} stands there twice")
+    tables = {name: _read_split(path / f"{name}.csv", labels) for name in SPLITS}
+    for one, two in (("train", "val"), ("train", "test"), ("val", "test")):
+        shared = np.intersect1d(tables[one]["sessionid"], tables[two]["sessionid"])
+        if len(shared) and prepared:
+            raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits must not share sessions")
+    best = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else dict.fromkeys(SPLITS)
+    splits = {name: RetailRocketRLDataset(tables[name], items, names, labels, numerical, best[name])
+              for name in SPLITS}
+    return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
+
+
+def _check_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    manifest = read_json(file)
+    shape: Mapping[str, type] = {"outputs": dict, "categorical": list, "long_tailed": list, "tasks": list}
+    for key, kind in shape.items():
+        if not isinstance(manifest.get(key), kind):
+            raise UserError(f"{file}: '{key}' is missing or of the wrong kind: run python3 -m dataset.prepare again")
+    if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
+        raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
+    for name, digest in manifest["outputs"].items():
+        if Path(name).name != name:
+            raise UserError(f"{file}: '{name}' is not a file name: outputs lie in the manifest's own folder")
+        if not (path / name).is_file():
+            raise UserError(f"{path}: {name} missing: put the file back, or make the folder anew with "
+                            "python3 -m dataset.prepare")
+        if sha256(path / name) != digest:
+            raise UserError(f"{path / name}: not the file that dataset.prepare wrote (its SHA-256 differs from "
+                            "manifest.json): was it edited or cut short? Prepare the folder again")
+    return manifest
+
+
+def _read_split(path: Path, labels: list[str]) -> pd.DataFrame:
+    kinds: dict[str, Kind] = {"timestamp": "id", "sessionid": "id", "visitorid": "id", "itemid": "id",
+                              **{name: "label" for name in labels},  # type: ignore[dict-item]
+                              **{f"{name}_time": "optional_id" for name in labels}}  # type: ignore[dict-item]
+    optional = ["sessionid", "visitorid", *(f"{name}_time" for name in labels)]
+    table = read_table(path, kinds, optional)
+    if "sessionid" not in table:
+        if "visitorid" not in table:
+            raise UserError(f"{path}, line 1: column 'sessionid' is missing (the published 'visitorid' is taken too)")
+        table = table.rename(columns={"visitorid": "sessionid"})
+    return table
+
+
+def _read_truth(path: Path, tables: dict[str, pd.DataFrame]) -> dict[str, NDArray[np.float64] | None]:
+    truth = read_table(path, {"p_click": "number", "p_pay": "number"}).to_numpy()
+    if len(truth) != sum(map(len, tables.values())):
+        raise UserError(f"{path}: {len(truth)} rows, but the tables have {sum(map(len, tables.values()))}")
+    ends = np.cumsum([len(tables[name]) for name in SPLITS])
+    return dict(zip(SPLITS, np.split(truth, ends[:-1]), strict=True))
+
+
+def _session_order(table: pd.DataFrame) -> Ids:
+    """Sessions by their first row's time, rows of a session by time; ties as they stand in the file."""
+    session, time = table["sessionid"].to_numpy(), table["timestamp"].to_numpy()
+    names, number = np.unique(session, return_inverse=True)
+    first = np.full(len(names), np.iinfo(np.int64).max)
+    np.minimum.at(first, number, time)
+    return np.lexsort((np.arange(len(table)), time, number, first[number]))
+
+
+def _field(of_items: NDArray[np.object_], at: NDArray[np.int64]) -> Field:
+    texts = np.array([_normal(text) for text in of_items], dtype=object)
+    codes, values = pd.factorize(texts)
+    empty = np.flatnonzero(values == "")
+    codes = np.where(np.isin(codes, empty), -1, codes)
+    return Field(np.append(codes, -1)[at].astype(np.int64), np.asarray(values, dtype=object))
+
+
+def _normal(text: str) -> str:
+    """One spelling a value: without blanks around it, and 12 for the 12.0 that spreadsheets make of it."""
+    text = text.strip()
+    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text

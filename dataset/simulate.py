@@ -1,0 +1,349 @@
+"""Simulated shopping logs in the raw Kaggle layout of RetailRocket, with the true probabilities written aside.
+
+    python3 -m dataset.simulate --out raw                              # small: a laptop's seconds
+    python3 -m dataset.simulate --out raw --events 2756101 --items 417053 --property_rows 20275902    # the real size
+
+It writes `events.csv`, `item_properties_part1.csv`, `item_properties_part2.csv` and `category_tree.csv`, and aside
+`truth.csv`: for each impression the probability of a click and of a purchase given all that the shop knows, hidden
+intent included. No model can rank better than that, so the best possible AUC is known.
+
+How a visitor behaves (one `Shop.step` is one impression of every visitor still there), at position n with intent z:
+
+    P(click | item i)     = sigmoid(b + appeal_i + z)               b, b': such that at a first impression the mean
+    P(buy | click)        = sigmoid(b' + worth_i + BUY_INTENT z)    is FIRST_CLICK, and FIRST_BUY of those buy
+    z'                    = m + KEEP (z - m) + CLICK_LIFT click - BUY_DROP buy + DRIFT noise     (m: the visitor's own)
+    P(another impression) = sigmoid(STAY_BIAS + STAY_LENGTH log n + STAY_INTENT z')
+    log gap in seconds    = GAP_BIAS - GAP_INTENT z' + GAP_NOISE noise
+
+So what happened earlier in a session predicts what comes next, and today's click says something about the session's
+later reward. Appeal and worth are sums over the item's property values as they stand that week.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dataset.files import UserError, atomic_folder, exit_on_user_error, write_json
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+START_MS = 1_430_622_000_000  # 2015-05-03, the first day of the RetailRocket log
+WEEK_MS = 7 * 24 * 3600 * 1000
+WEEKS = 18  # weekly property snapshots
+EVENTS_PER_VISITOR = 2.06  # what the constants below give, over many seeds
+
+FIRST_CLICK, FIRST_BUY, BUY_INTENT = 0.028, 0.28, 0.5
+INTENT_SPREAD, KEEP, CLICK_LIFT, BUY_DROP, DRIFT = 0.45, 0.85, 1.6, 2.0, 0.2
+STAY_BIAS, STAY_LENGTH, STAY_INTENT, LONGEST = -0.9, 0.75, 0.45, 400
+GAP_BIAS, GAP_INTENT, GAP_NOISE, DAYS_LATER = 4.3, 0.8, 0.5, 0.04
+LOOK_AGAIN, LATE_CART, LATE_BUY, NO_CART = 0.22, 0.08, 0.35, 0.05
+OWN_CATEGORY = 0.6  # share of impressions from the category that the visitor came for
+
+# Property -> (values, spread of its effect on appeal, on worth). 364 and 776 have long tails and little to say.
+PROPERTIES: dict[str, tuple[int, float, float]] = {
+    "785": (12, 0.6, 0.9),
+    "591": (30, 0.5, 0.5),
+    "814": (20, 0.5, 0.5),
+    "available": (2, 0.0, 0.0),
+    "categoryid": (0, 0.7, 0.5),
+    "364": (0, 0.0, 0.0),
+    "776": (0, 0.0, 0.0),
+}
+UNAVAILABLE = -2.5  # on worth, where available is 0
+FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to simulate. Everything follows from it, bit for bit."""
+
+    events: int = 260_000
+    items: int = 12_000
+    property_rows: int = 240_000
+    seed: int = 2022
+
+    def __post_init__(self) -> None:
+        if self.events < 100 or self.items < 50 or self.property_rows < 0 or self.seed < 0:
+            raise UserError("simulate: at least 100 events, 50 items, 0 property rows and seed 0 are needed")
+
+
+@dataclass
+class Visitors:
+    """The visitors who are still there, one entry each (V,)."""
+
+    ids: Ints
+    home: Ints  # the category that they came for
+    mood: Floats  # m, where the intent returns to
+    intent: Floats  # z
+    position: Ints  # n, from 1
+    clock: Floats  # ms
+    seen: Ints  # (V, n - 1) items met so far
+
+    def keep(self, mask: NDArray[np.bool_]) -> Visitors:
+        return Visitors(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
+
+
+@dataclass
+class Impressions:
+    """One step of every visitor (V,): what was shown, what was likely, what happened."""
+
+    items: Ints
+    repeated: NDArray[np.bool_]  # met before: only looked at again
+    p_click: Floats
+    p_pay: Floats
+    click: NDArray[np.bool_]
+    pay: NDArray[np.bool_]
+    gap: Floats  # ms until the next impression
+    stays: NDArray[np.bool_]
+
+
+class Shop:
+    """The catalogue and the law of behaviour; `step` moves visitors on, and only reads the shop."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        rng = np.random.default_rng([size.seed, 1])
+        self.categories = max(20, min(1_200, size.items // 100))
+        tail = max(50, size.items // 15)
+        # Category by category, each with its popular items first in the cumulative weights.
+        self.category = np.sort(_zipf(rng, self.categories, size.items, 0.9))  # (I,)
+        weights = rng.pareto(1.1, size.items) + 0.05
+        self.cumulative = np.concatenate([[0.0], np.cumsum(weights)])  # (I + 1,)
+        bounds = np.searchsorted(self.category, np.arange(self.categories + 1))
+        self.category_bounds = self.cumulative[bounds]  # (C + 1,)
+        self.item_ids = rng.permutation(np.arange(1, 2 * size.items))[: size.items].astype(np.int64)
+
+        counts = {name: count or (self.categories if name == "categoryid" else tail)
+                  for name, (count, _, _) in PROPERTIES.items()}
+        self.values = {name: _zipf(rng, count, size.items, 1.1) for name, count in counts.items()}  # (I,) each
+        self.values["categoryid"] = self.category
+        self.available = rng.random((WEEKS, size.items)) < np.where(rng.random(size.items) < 0.7, 0.95, 0.3)  # (W, I)
+        self.described = rng.random(size.items) < 0.9  # the others have no properties in the log
+        appeal = {name: rng.normal(0, PROPERTIES[name][1], count) for name, count in counts.items()}
+        worth = {name: rng.normal(0, PROPERTIES[name][2], count) for name, count in counts.items()}
+        self.appeal: Floats = np.sum([appeal[name][self.values[name]] for name in counts], axis=0)  # (I,)
+        self.worth: Floats = np.sum([worth[name][self.values[name]] for name in counts], axis=0)  # (I,)
+        # The popular items and their appeal differ from seed to seed; the shares of carts and purchases should not.
+        items = self._draw(rng, np.zeros(20_000), np.full(20_000, self.cumulative[-1]))
+        mood = rng.normal(0, INTENT_SPREAD, len(items))
+        stock = UNAVAILABLE * ~self.available[rng.integers(0, WEEKS, len(items)), items]
+        self.appeal += _bias(self.appeal[items] + mood, np.ones(len(items)), FIRST_CLICK)
+        p_click = _sigmoid(self.appeal[items] + mood)
+        self.worth += _bias(self.worth[items] + stock + BUY_INTENT * mood, p_click, FIRST_BUY)
+
+    def arrive(self, rng: np.random.Generator, count: int) -> Visitors:
+        """Let `count` visitors arrive, spread evenly over the weeks."""
+        mood = rng.normal(0, INTENT_SPREAD, count)
+        return Visitors(
+            ids=rng.permutation(count).astype(np.int64),
+            home=self.category[self._draw(rng, np.zeros(count), np.full(count, self.cumulative[-1]))],
+            mood=mood,
+            intent=mood.copy(),
+            position=np.ones(count, np.int64),
+            clock=START_MS + rng.random(count) * WEEKS * WEEK_MS,
+            seen=np.zeros((count, 0), np.int64),
+        )
+
+    def step(self, rng: np.random.Generator, visitors: Visitors) -> tuple[Impressions, Visitors]:
+        """Show one item to each visitor; return what happened and those who stay, moved on."""
+        count = len(visitors.ids)
+        own = rng.random(count) < OWN_CATEGORY
+        low = np.where(own, self.category_bounds[visitors.home], 0.0)
+        high = np.where(own, self.category_bounds[visitors.home + 1], self.cumulative[-1])
+        items = self._draw(rng, low, high)
+        repeated = (visitors.seen == items[:, None]).any(axis=1)
+
+        week = np.minimum((visitors.clock - START_MS) // WEEK_MS, WEEKS - 1).astype(np.int64)
+        p_click = _sigmoid(self.appeal[items] + visitors.intent)
+        out_of_stock = UNAVAILABLE * ~self.available[week, items]
+        p_buy = _sigmoid(self.worth[items] + out_of_stock + BUY_INTENT * visitors.intent)
+        click = (rng.random(count) < p_click) & ~repeated
+        pay = (rng.random(count) < p_buy) & click
+
+        noise = rng.normal(size=(2, count))
+        drawn = visitors.mood + KEEP * (visitors.intent - visitors.mood) + DRIFT * noise[0]
+        intent = np.where(repeated, visitors.intent, drawn + CLICK_LIFT * click - BUY_DROP * pay)
+        stays = rng.random(count) < _sigmoid(STAY_BIAS + STAY_LENGTH * np.log(visitors.position) + STAY_INTENT * intent)
+        stays &= visitors.position < LONGEST
+        gap = 1000 * np.exp(GAP_BIAS - GAP_INTENT * intent + GAP_NOISE * noise[1])
+        days = rng.random(count) < DAYS_LATER
+        gap = np.where(days, gap + rng.exponential(3 * 24 * 3600 * 1000, count), gap)
+
+        moved = Visitors(visitors.ids, visitors.home, visitors.mood, intent, visitors.position + 1,
+                         visitors.clock + gap, np.column_stack([visitors.seen, items]))
+        return Impressions(items, repeated, p_click, p_click * p_buy, click, pay, gap, stays), moved.keep(stays)
+
+    def _draw(self, rng: np.random.Generator, low: Floats, high: Floats) -> Ints:
+        """Draw items by popularity within [low, high) of the cumulative weights."""
+        at = low + rng.random(len(low)) * (high - low)
+        return np.minimum(np.searchsorted(self.cumulative, at, side="right") - 1, self.size.items - 1)
+
+
+def simulate(out: Path, size: Size) -> None:
+    """Write a raw log into the folder `out`, which must not exist. Raises UserError."""
+    if out.exists():
+        raise UserError(f"{out} exists already: choose another --out, or remove it first")
+    shop = Shop(size)
+    with atomic_folder(out) as folder:
+        events, truth = _log(shop)
+        events.to_csv(folder / "events.csv", index=False)
+        truth.to_csv(folder / "truth.csv", index=False)
+        properties = _properties(shop)
+        half = (len(properties) + 1) // 2
+        properties[:half].to_csv(folder / "item_properties_part1.csv", index=False)
+        properties[half:].to_csv(folder / "item_properties_part2.csv", index=False)
+        _category_tree(shop).to_csv(folder / "category_tree.csv", index=False)
+        write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
+
+
+def _log(shop: Shop) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Let everybody shop; return the events and, of every first impression, the truth."""
+    rng = np.random.default_rng([shop.size.seed, 2])
+    visitors = shop.arrive(rng, max(2, round(shop.size.events / EVENTS_PER_VISITOR)))
+    events: list[pd.DataFrame] = []
+    truth: list[pd.DataFrame] = []
+    while len(visitors.ids):
+        now, ids, intent, clock = visitors, visitors.ids, visitors.intent, visitors.clock
+        shown, visitors = shop.step(rng, visitors)
+        item_ids = shop.item_ids[shown.items]
+        events.append(_event_rows("view", clock, ids, item_ids))
+        again = np.flatnonzero(rng.random(len(ids)) < LOOK_AGAIN)
+        events.append(_event_rows("view", (clock + shown.gap * rng.uniform(0.01, 0.9, len(ids)))[again],
+                                  ids[again], item_ids[again]))
+        carted = np.flatnonzero(shown.click)
+        cart_at = clock + shown.gap * rng.uniform(0.05, 0.5, len(ids))
+        cart_at += (rng.random(len(ids)) < LATE_CART) * (shown.gap + rng.exponential(600_000, len(ids)))
+        bought = np.flatnonzero(shown.pay)
+        buy_at = cart_at + shown.gap * rng.uniform(0.05, 0.4, len(ids))
+        buy_at += (rng.random(len(ids)) < LATE_BUY) * (shown.gap + rng.exponential(600_000, len(ids)))
+        direct = rng.random(len(ids)) < NO_CART  # bought without a cart
+        carted = carted[~(direct & shown.pay)[carted]]
+        events.append(_event_rows("addtocart", cart_at[carted], ids[carted], item_ids[carted]))
+        events.append(_event_rows("transaction", buy_at[bought], ids[bought], item_ids[bought]))
+        first = ~shown.repeated
+        truth.append(pd.DataFrame({
+            "timestamp": clock.astype(np.int64), "visitorid": ids, "itemid": item_ids, "p_click": shown.p_click,
+            "p_pay": shown.p_pay, "intent": intent, "mood": now.mood, "category": now.home, "position": now.position,
+        })[first])
+    log = pd.concat(events, ignore_index=True)
+    buys = log["event"].eq("transaction").to_numpy()
+    log["transactionid"] = ""
+    log.loc[buys, "transactionid"] = rng.permutation(int(buys.sum())).astype(str)
+    # By visitor, as in the published file: not by time.
+    log = log.iloc[np.lexsort((log["itemid"], log["timestamp"], log["visitorid"]))]
+    facts = pd.concat(truth, ignore_index=True)
+    facts = facts.iloc[np.lexsort((facts["timestamp"], facts["visitorid"]))].round(6)
+    return log[["timestamp", "visitorid", "event", "itemid", "transactionid"]], facts
+
+
+def _event_rows(event: str, clock: Floats, visitors: Ints, items: Ints) -> pd.DataFrame:
+    return pd.DataFrame({"timestamp": clock.astype(np.int64), "visitorid": visitors, "event": event, "itemid": items})
+
+
+def _properties(shop: Shop) -> pd.DataFrame:
+    """Weekly snapshots: constant properties once, availability whenever it changed, fillers to the size asked for."""
+    rng = np.random.default_rng([shop.size.seed, 3])
+    described = np.flatnonzero(shop.described)
+    parts: list[pd.DataFrame] = []
+    for name, values in shop.values.items():
+        if name == "available":
+            for week in range(WEEKS):
+                changed = described if week == 0 else described[
+                    shop.available[week, described] != shop.available[week - 1, described]]
+                parts.append(_property_rows(shop, name, week, changed, shop.available[week, changed].astype(str)))
+                parts[-1]["value"] = shop.available[week, changed].astype(int).astype(str)
+            continue
+        texts = np.array([_hashed(name, value) for value in range(int(values.max()) + 1)], dtype=object)
+        has = described[rng.random(len(described)) < (0.97 if PROPERTIES[name][0] else 0.9)]
+        if name == "categoryid":
+            has = described
+        parts.append(_property_rows(shop, name, 0, has, texts[values[has]]))
+        # A few descriptions are rewritten, word for word, in a later week.
+        again = has[rng.random(len(has)) < 0.05]
+        parts.append(_property_rows(shop, name, int(rng.integers(1, WEEKS)), again, texts[values[again]]))
+    count = max(0, shop.size.property_rows - sum(map(len, parts)))
+    owner = described[rng.integers(0, len(described), count)]
+    tokens = rng.integers(1, 1_400_000, (2, 50_000))
+    prices = rng.integers(1, 10**6, 50_000)
+    words = np.array([f"{a} {b}" if k % 3 else f"n{p}.000 {a}" for k, (a, b, p) in
+                      enumerate(zip(*tokens, prices, strict=True))], dtype=object)
+    parts.append(pd.DataFrame({
+        "timestamp": START_MS + WEEK_MS * rng.integers(0, WEEKS, count),
+        "itemid": shop.item_ids[owner],
+        "property": np.array(FILLERS, dtype=object)[rng.integers(0, len(FILLERS), count)],
+        "value": words[rng.integers(0, len(words), count)],
+    }))
+    rows = pd.concat(parts, ignore_index=True)
+    return rows.iloc[rng.permutation(len(rows))]
+
+
+def _property_rows(shop: Shop, name: str, week: int, items: Ints, values: NDArray[np.object_]) -> pd.DataFrame:
+    return pd.DataFrame({"timestamp": START_MS + WEEK_MS * week, "itemid": shop.item_ids[items], "property": name,
+                         "value": values})
+
+
+def _hashed(name: str, value: int) -> str:
+    """Give value number `value` of a property its hashed text: several tokens, or a number behind an n."""
+    if name == "categoryid":
+        return str(value)
+    token = (value * 7919 + len(name) * 104_729 + int(name) * 1_299_709) % 1_400_000
+    if name == "591":
+        return f"{token} n{12 * (value + 1)}.000"
+    return f"{token} {(token * 31) % 1_400_000}" if name in ("814", "364") else str(token)
+
+
+def _category_tree(shop: Shop) -> pd.DataFrame:
+    """Two floors of parents over the categories, and some that no item is in."""
+    count = shop.categories + max(5, shop.categories // 3)
+    parents = [str(shop.categories + child % (count - shop.categories)) for child in range(shop.categories)]
+    roots = [""] * (count - shop.categories)
+    return pd.DataFrame({"categoryid": np.arange(count), "parentid": parents + roots})
+
+
+def _zipf(rng: np.random.Generator, values: int, count: int, power: float) -> Ints:
+    """Draw `count` of `values` numbers, number k with weight (k + 1)^-power."""
+    weights = (1.0 + np.arange(values)) ** -power
+    return rng.choice(values, size=count, p=weights / weights.sum()).astype(np.int64)
+
+
+def _bias(score: Floats, weight: Floats, mean: float) -> float:
+    """Find b such that the weighted mean of sigmoid(b + score) is `mean`, by bisection."""
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if np.average(_sigmoid(middle + score), weights=weight) < mean:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _sigmoid(x: Floats) -> Floats:
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+@exit_on_user_error
+def _command() -> None:
+    parser = argparse.ArgumentParser(prog="python3 -m dataset.simulate",
+                                     description="Write a simulated shopping log in the raw RetailRocket layout.")
+    default = Size()
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
+    parser.add_argument("--events", type=int, default=default.events, help="events, about (default %(default)s)")
+    parser.add_argument("--items", type=int, default=default.items, help="items in the catalogue (default %(default)s)")
+    parser.add_argument("--property_rows", type=int, default=default.property_rows,
+                        help="rows of item properties, at least those that are used (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same files (default %(default)s)")
+    args = parser.parse_args()
+    simulate(args.out, Size(args.events, args.items, args.property_rows, args.seed))
+    print(f"wrote a simulated log to {args.out}")
+
+
+if __name__ == "__main__":
+    _command()

@@ -1,0 +1,76 @@
+"""The critics: Q(s, a), the discounted reward that follows when prediction a is made in state s."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from layers.layers import FieldInput, MultiLayerPerceptron, linear
+
+
+class Critic(nn.Module):
+    """Fields, numbers and the action, each embedded, through a bottom and a tower to one score.
+
+    The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + W_a (B a + c).
+
+    Args:
+        categorical_field_dims: number of ids of each of the F fields.
+        numerical_num: N, the numeric features.
+        embed_dim, bottom_mlp_dims, tower_mlp_dims: as the actor's, so that critics can start from its embedding.
+        dropout: share of hidden units dropped in training.
+    """
+
+    def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
+                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
+        super().__init__()
+        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.action = nn.Linear(1, embed_dim)
+        self.first = nn.Linear(self.input.output_dim + embed_dim, bottom_mlp_dims[0])
+        self.dropout = dropout
+        self.bottom = MultiLayerPerceptron(bottom_mlp_dims[0], bottom_mlp_dims[1:], dropout, output_layer=False)
+        self.tower = MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
+
+    def score(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+        """The last pre-activation (B,)."""
+        of_state, of_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
+        h = linear(self.input(categorical_x, numerical_x), of_state, self.first.bias)
+        h = h + F.linear(self.action(action), of_action)
+        h = F.dropout(F.relu(h), self.dropout, self.training)  # (B, H)
+        if len(self.bottom.hidden):
+            h = self.bottom(h)
+        return self.tower(h).squeeze(1)
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+        """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,)."""
+        return self.score(categorical_x, numerical_x, action)
+
+
+class CriticNeg(Critic):
+    """A critic of rewards that are never positive: Q = -ReLU(score) <= 0.
+
+    Where every score is negative, Q is 0 without a gradient and stays so: the critic is dead. The last bias therefore
+    starts on the live side, and `zero_share` tells how much of a batch is dead.
+    """
+
+    def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
+                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
+        super().__init__(categorical_field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, dropout)
+        self.revive()
+
+    def revive(self) -> None:
+        """Put the last bias on the live side of the ReLU."""
+        assert self.tower.output is not None
+        with torch.no_grad():
+            self.tower.output.bias.fill_(1.0)
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+        """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,) <= 0."""
+        return -F.relu(self.score(categorical_x, numerical_x, action))
+
+
+def zero_share(q: Tensor) -> float:
+    """The share of a batch of Q (B,) that is exactly 0: 1 means a dead critic."""
+    return float((q == 0).float().mean())

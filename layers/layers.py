@@ -1,0 +1,149 @@
+"""Embeddings, perceptrons, expert banks and gates. B rows, F fields of D numbers each, N numeric features.
+
+The one trick lives in `Fields.linear`: the first layer of a network over concatenated embeddings, without writing the
+concatenation out. Whoever takes an `Input` calls `linear(x, weight, bias)` and need not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class EmbeddingLayer(nn.Module):
+    """One table for all fields: (B, F) ids, each counted from 0 in its own field, to (B, F, D) embeddings.
+
+    Id 0 is a value like any other ("unseen, missing or rare") and trains; no row of the table is frozen.
+    """
+
+    def __init__(self, field_dims: Sequence[int], embed_dim: int) -> None:
+        super().__init__()
+        self.field_dims = list(field_dims)
+        self.embedding = nn.Embedding(sum(field_dims), embed_dim)
+        nn.init.xavier_uniform_(self.embedding.weight)
+        first = torch.tensor([0, *field_dims[:-1]]).cumsum(0)
+        self.register_buffer("offsets", first, persistent=False)  # (F,) where each field begins
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed the ids x (B, F) -> (B, F, D). Raises IndexError for an id outside its table."""
+        return self.embedding(x + self.offsets)
+
+
+class FieldInput(nn.Module):
+    """The input of every network here: embedded fields, then the numbers through one linear layer of D outputs."""
+
+    def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = EmbeddingLayer(categorical_field_dims, embed_dim)
+        self.numerical = nn.Linear(numerical_num, embed_dim)
+        self.output_dim = (len(categorical_field_dims) + 1) * embed_dim
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Fields:
+        """Take ids (B, F) and numbers (B, N); return what stands for the (B, (F + 1) D) concatenation."""
+        return Fields(self, categorical_x, numerical_x)
+
+
+class Fields:
+    """concat(e_1[x_1], ..., e_F[x_F], A n + c), not yet written out. Shape (B, (F + 1) D)."""
+
+    def __init__(self, source: FieldInput, categorical_x: Tensor, numerical_x: Tensor) -> None:
+        self.source, self.categorical_x, self.numerical_x = source, categorical_x, numerical_x
+
+    def concat(self) -> Tensor:
+        """Write it out: (B, (F + 1) D)."""
+        embedded = self.source.embedding(self.categorical_x).flatten(1)
+        return torch.cat([embedded, self.source.numerical(self.numerical_x)], dim=1)
+
+    def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return W concat + b, W (H, (F + 1) D) -> (B, H).
+
+        W concat(e_1, ..., e_F) = sum_f W_f e_f[x_f]: the product of each field's whole table with its block of W,
+        E_f W_f^T, costs (rows of the tables) D H once a batch instead of B F D H, and leaves a sum of F gathered rows
+        for each sample. The numbers' block is W_n (A n + c) = (W_n A) n + W_n c. Exact up to rounding. Where the
+        tables have more rows than the batch has ids, the plain product is cheaper and is taken.
+        """
+        embedding, numerical = self.source.embedding, self.source.numerical
+        table = embedding.embedding.weight  # (sum of field_dims, D)
+        if len(table) > self.categorical_x.numel():
+            return F.linear(self.concat(), weight, bias)
+        *blocks, last = weight.split(numerical.out_features, dim=1)  # F + 1 blocks (H, D)
+        products = [part @ block.T for part, block in zip(table.split(embedding.field_dims), blocks, strict=True)]
+        ids = self.categorical_x + embedding.offsets
+        summed = F.embedding_bag(ids, torch.cat(products), mode="sum")  # (B, H)
+        return summed + F.linear(self.numerical_x, last @ numerical.weight, bias + last @ numerical.bias)
+
+
+Input = Tensor | Fields
+
+
+def linear(x: Input, weight: Tensor, bias: Tensor) -> Tensor:
+    """W x + b, for a tensor or for fields."""
+    return x.linear(weight, bias) if isinstance(x, Fields) else F.linear(x, weight, bias)
+
+
+class MultiLayerPerceptron(nn.Module):
+    """Linear, ReLU, Dropout for each of `embed_dims`; then one linear output, unless `output_layer` is False."""
+
+    def __init__(self, input_dim: int, embed_dims: Sequence[int], dropout: float, output_layer: bool = True) -> None:
+        super().__init__()
+        dims = [input_dim, *embed_dims]
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        self.output = nn.Linear(dims[-1], 1) if output_layer else None
+        self.dropout = dropout
+
+    def forward(self, x: Input) -> Tensor:
+        """Take (B, input_dim); return (B, 1), or (B, embed_dims[-1]) without an output layer."""
+        for layer in self.hidden:
+            x = F.dropout(F.relu(linear(x, layer.weight, layer.bias)), self.dropout, self.training)
+        if self.output is not None:
+            return linear(x, self.output.weight, self.output.bias)
+        assert isinstance(x, Tensor)  # at least one hidden layer
+        return x
+
+
+class Experts(nn.Module):
+    """E perceptrons side by side on the same input, each layer one batched product.
+
+    The same as E `MultiLayerPerceptron(..., output_layer=False)`: expert e's first layer is rows e H to (e + 1) H of
+    `first`, its later layers are `weights[l][e]` (in, out) and `biases[l][e]`.
+    """
+
+    def __init__(self, expert_num: int, input_dim: int, embed_dims: Sequence[int], dropout: float) -> None:
+        super().__init__()
+        self.expert_num, self.dropout = expert_num, dropout
+        self.first = nn.Linear(input_dim, expert_num * embed_dims[0])  # its bounds depend on input_dim alone
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for i, o in zip(embed_dims[:-1], embed_dims[1:], strict=True):
+            bound = i**-0.5  # as nn.Linear draws them
+            self.weights.append(torch.empty(expert_num, i, o).uniform_(-bound, bound))
+            self.biases.append(torch.empty(expert_num, 1, o).uniform_(-bound, bound))
+
+    def forward(self, x: Input) -> Tensor:
+        """Take (B, input_dim); return (B, E, embed_dims[-1])."""
+        h = linear(x, self.first.weight, self.first.bias)  # (B, E H)
+        h = self._activate(h).unflatten(1, (self.expert_num, -1)).transpose(0, 1)  # (E, B, H)
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            h = self._activate(torch.baddbmm(bias, h, weight))
+        return h.transpose(0, 1)
+
+    def _activate(self, h: Tensor) -> Tensor:
+        return F.dropout(F.relu(h), self.dropout, self.training)
+
+
+class Gate(nn.Module):
+    """softmax(W x + b) over E experts: (B, input_dim) -> (B, E), each row a distribution."""
+
+    def __init__(self, input_dim: int, expert_num: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(input_dim, expert_num)
+
+    def forward(self, x: Input) -> Tensor:
+        return F.softmax(linear(x, self.layer.weight, self.layer.bias), dim=1)
+
+
+def mixture(gate: Tensor, experts: Tensor) -> Tensor:
+    """sum_e g_e h_e: gates (B, E) and expert outputs (B, E, H) -> (B, H)."""
+    return torch.bmm(gate.unsqueeze(1), experts).squeeze(1)

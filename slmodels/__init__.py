@@ -1,0 +1,39 @@
+"""The supervised multi-task models, one a file, and the registry that names them.
+
+All take ids (B, F) and numbers (B, N) and return predictions (B, T) in (0, 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from layers import ESMM
+from slmodels.aitm import AITM
+from slmodels.mmoe import MMoE
+from slmodels.omoe import OMoE
+from slmodels.ple import PLE
+from slmodels.sharedbottom import SharedBottom
+from slmodels.singletask import SingleTask
+
+MODELS: dict[str, type[nn.Module]] = {
+    "singletask": SingleTask,
+    "sharedbottom": SharedBottom,
+    "esmm": ESMM,
+    "omoe": OMoE,
+    "mmoe": MMoE,
+    "ple": PLE,
+    "aitm": AITM,
+}
+WITH_EXPERTS = ("omoe", "mmoe", "ple")
+
+
+def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
+          bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
+          dropout: float) -> nn.Module:
+    """Build a model by its name. Raises ValueError, with the list, for a name that is not in `MODELS`."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}': one of {', '.join(MODELS)}")
+    sizes = (categorical_field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, task_num)
+    return MODELS[name](*sizes, expert_num, dropout) if name in WITH_EXPERTS else MODELS[name](*sizes, dropout)

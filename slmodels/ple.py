@@ -1,0 +1,69 @@
+"""PLE: progressive layered extraction (Tang et al., RecSys 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from layers.layers import Experts, FieldInput, Gate, Input, MultiLayerPerceptron, mixture
+
+
+class Extraction(nn.Module):
+    """One level: each task mixes its own experts and the shared ones; the shared path mixes all of them.
+
+    With x_t the task's input and x_s the shared one, S_t its experts' outputs stacked on those of the shared experts:
+    task: h_t = softmax(W_t x_t) S_t(x_t, x_s); shared: h_s = softmax(W_s x_s) S(x_1, ..., x_T, x_s), the paper's
+    equations (4) to (6). Each expert is evaluated once, on the input of its own path. The last level has no use for a
+    shared output, hence no shared gate.
+    """
+
+    def __init__(self, input_dim: int, output_dim: int, task_num: int, specific_num: int, shared_num: int,
+                 dropout: float, last: bool) -> None:
+        super().__init__()
+        self.specific = nn.ModuleList(Experts(specific_num, input_dim, [output_dim], dropout) for _ in range(task_num))
+        self.shared = Experts(shared_num, input_dim, [output_dim], dropout)
+        self.task_gates = nn.ModuleList(Gate(input_dim, specific_num + shared_num) for _ in range(task_num))
+        self.shared_gate = None if last else Gate(input_dim, task_num * specific_num + shared_num)
+
+    def forward(self, tasks: Sequence[Input], shared: Input) -> tuple[list[Tensor], Tensor | None]:
+        """Take T inputs and the shared one, each (B, input_dim); return as many outputs (B, output_dim)."""
+        own = [experts(x) for experts, x in zip(self.specific, tasks, strict=True)]  # (B, E, H) each
+        common = self.shared(shared)  # (B, E', H)
+        of_tasks = [mixture(gate(x), torch.cat([mine, common], dim=1))
+                    for gate, x, mine in zip(self.task_gates, tasks, own, strict=True)]
+        if self.shared_gate is None:
+            return of_tasks, None
+        return of_tasks, mixture(self.shared_gate(shared), torch.cat([*own, common], dim=1))
+
+
+class PLE(nn.Module):
+    """A level of `Extraction` for each width of `bottom_mlp_dims`, then a tower for each task.
+
+    Arguments as `layers.ESMM`, and expert_num: half of them shared, half of them each task's own, at every level.
+    """
+
+    def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
+                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
+                 dropout: float) -> None:
+        super().__init__()
+        if expert_num < 2:
+            raise ValueError("PLE needs expert_num of 2 or more: half of them shared, half of them each task's own")
+        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        dims = [self.input.output_dim, *bottom_mlp_dims]
+        specific_num, shared_num = expert_num // 2, expert_num - expert_num // 2
+        self.levels = nn.ModuleList(
+            Extraction(i, o, task_num, specific_num, shared_num, dropout, last=level == len(bottom_mlp_dims) - 1)
+            for level, (i, o) in enumerate(zip(dims[:-1], dims[1:], strict=True)))
+        self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
+                                    for _ in range(task_num))
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
+        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+        shared: Input = self.input(categorical_x, numerical_x)
+        tasks: list[Input] = [shared] * len(self.towers)
+        for level in self.levels:
+            tasks, shared = level(tasks, shared)
+        scores = [tower(h) for tower, h in zip(self.towers, tasks, strict=True)]
+        return torch.sigmoid(torch.cat(scores, dim=1))

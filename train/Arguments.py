@@ -1,0 +1,101 @@
+"""Settings: one dataclass a program, one field a flag; the help text stands beside its default.
+
+`parse(SLArguments, ...)` makes the command line of the fields; programs built on these mains make the dataclass itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, NoReturn, TypeVar
+
+from dataset.files import UserError
+from slmodels import MODELS
+
+Settings = TypeVar("Settings", bound="ModelArguments")
+
+
+def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
+            high: float = math.inf) -> Any:
+    """A field with its help, its allowed values (choices, or low to high, both allowed) and its flag."""
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": tuple(choices), "low": low,
+                                            "high": high})
+
+
+@dataclass(kw_only=True)
+class ModelArguments:
+    """Model: which, and how large. Checks every setting's range. Raises UserError."""
+
+    model_name: str = setting("esmm", "the multi-task model", choices=list(MODELS))
+    task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
+    expert_num: int = setting(8, "E, the experts of omoe, mmoe and ple", low=2, high=4096)
+    embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            check(one, getattr(self, one.name))
+
+
+@dataclass(kw_only=True)
+class DataArguments:
+    """Data and files: where they are and how they are read."""
+
+    dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path")
+    dataset_path: str = setting("dataset", "the folder of data sets")
+    feature_map_rate: float = setting(
+        0.2, "long-tailed fields keep their most frequent values up to this share of the rows; the others become one",
+        low=0, high=1)
+    numerical: str = setting("session", "numeric features: the session so far, or none (the published single zero)",
+                             choices=["session", "none"])
+    pretrain_path: str = setting("pretrain", "the folder of baselines")
+    device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
+    seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
+    resume: bool = setting(False, "go on where a run with the same settings was stopped")
+
+
+@dataclass(kw_only=True)
+class SLArguments(ModelArguments, DataArguments):
+    """Supervised training: `SLmain.py`."""
+
+    epoch: int = setting(50, "epochs at the most; training stops earlier when validation AUC no longer rises", low=1)
+    patience: int = setting(3, "epochs without a better validation AUC after which training stops", low=1)
+    learning_rate: float = setting(1e-3, "of Adam", low=0)
+    batch_size: int = setting(2048, "B, rows a step", low=1)
+    weight_decay: float = setting(1e-6, "L2, of Adam", low=0)
+    dropout: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
+    calibrator: float = setting(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
+    save_dir: str = setting("chkpt/SL", "where runs write")
+
+
+def check(one: Field[Any], value: Any) -> None:
+    """Raise UserError, naming the flag, where a value is not among those allowed."""
+    flag, choices, low, high = (one.metadata[key] for key in ("flag", "choices", "low", "high"))
+    flag = flag or f"--{one.name}"
+    if choices and value not in choices:
+        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}")
+    if isinstance(value, int | float) and not low <= value <= high:
+        raise UserError(f"{flag}: {value} is not between {low:g} and {high:g}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
+    """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    for one in fields(kind):
+        assert one.default is not MISSING
+        help_text = one.metadata["help"].replace("%", "%%") + f" (default {one.default})"
+        if one.metadata["choices"]:
+            help_text += "; one of " + ", ".join(one.metadata["choices"])
+        flags = [one.metadata["flag"]] if one.metadata["flag"] else []
+        if isinstance(one.default, bool):
+            parser.add_argument(*flags, f"--{one.name}", dest=one.name, action="store_true", help=one.metadata["help"])
+        else:
+            parser.add_argument(*flags, f"--{one.name}", dest=one.name, type=type(one.default), default=one.default,
+                                metavar=type(one.default).__name__.upper(), help=help_text)
+    return kind(**vars(parser.parse_args(arguments)))

@@ -1,0 +1,130 @@
+"""The books of a run: the best model, the state to resume from, config.json, metrics.csv and the learning curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dataset.files import UserError, atomic_file, write_json, write_text
+from train.Arguments import SLArguments
+
+# What a model file says of the model besides its weights; a reader whose own differ refuses the file.
+Identity = Mapping[str, Any]
+
+
+def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, texts, lists and dictionaries of them, atomically."""
+    with atomic_file(path) as partial:
+        torch.save(dict(value), partial)
+
+
+def load_tensors(path: Path, remedy: str) -> dict[str, Any]:
+    """Read what `save_tensors` wrote; nothing that is read can run code. Raises UserError, which ends in `remedy`."""
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file: {remedy}") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: not a checkpoint that can be read ({reason[:90]}): {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a checkpoint of this program: {remedy}")
+    return value
+
+
+def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], identity: Identity) -> None:
+    """Write a model's weights and what it is."""
+    weights = model.state_dict() if isinstance(model, nn.Module) else dict(model)
+    save_tensors(path, {"weights": {name: tensor.cpu() for name, tensor in weights.items()}, **identity})
+
+
+def load_model(path: Path, model: nn.Module, identity: Identity, remedy: str) -> None:
+    """Put the weights of a file into a model that is the same in everything `identity` names. Raises UserError."""
+    saved = load_tensors(path, remedy)
+    for name, value in identity.items():
+        if saved.get(name) != value:
+            raise UserError(f"{path}: its {name} is {_short(saved.get(name))}, not {_short(value)}: {remedy}")
+    try:
+        model.load_state_dict(saved["weights"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{path}: its weights do not fit the model ({reason}): {remedy}") from error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def model_identity(settings: SLArguments, fingerprint: str, field_dims: Sequence[int]) -> dict[str, Any]:
+    """What a model is: two models of the same identity can exchange their weights."""
+    return {"model_name": settings.model_name, "data": fingerprint, "numerical": settings.numerical,
+            "field_dims": list(field_dims), "task_num": settings.task_num, "embed_dim": settings.embed_dim,
+            "expert_num": settings.expert_num}
+
+
+class RunFolder:
+    """Where a run writes: `<save_dir>/<dataset>_<model>/`.
+
+    The best model is `<dataset>_<model>_<lambda>.pt` there. The books (config.json, metrics.csv, curves.png, state.pt)
+    of a baseline lie beside it, those of a polish run in a folder of the run's name. `state.pt` is written last:
+    whatever else is there belongs to it, or will be written again by the run that goes on from it.
+    """
+
+    def __init__(self, save_dir: str, dataset_name: str, model_name: str, polish_lambda: float = 0.0,
+                 method: str = "") -> None:
+        self.folder = Path(save_dir) / f"{dataset_name}_{model_name}"
+        self.name = f"{dataset_name}_{model_name}_{polish_lambda}{'_' if method else ''}{method}"
+        self.model = self.folder / f"{self.name}.pt"
+        self.books = self.folder / self.name if polish_lambda or method else self.folder
+        self.state = self.books / "state.pt"
+        self.config = self.books / "config.json"
+        self.metrics = self.books / "metrics.csv"
+        self.curves = self.books / "curves.png"
+
+    def open(self, settings: Mapping[str, Any], fingerprint: str, resume: bool,
+             may_differ: Sequence[str] = ("resume", "device", "epoch")) -> dict[str, Any] | None:
+        """Begin: return the state to go on from, or None. Raises UserError if it belongs to other settings or data.
+
+        Without `resume` the state of an earlier run is set aside as `state.previous.pt`.
+        """
+        if not resume:
+            if self.state.exists():
+                os.replace(self.state, self.state.with_name("state.previous.pt"))
+            return None
+        if not self.state.exists():
+            print(f"{self.books}: nothing to resume: starting from the first epoch")
+            return None
+        state = load_tensors(self.state, "run without --resume to start anew")
+        if state.get("fingerprint") != fingerprint:
+            raise UserError(f"{self.state}: that run was on other data: run without --resume to start anew")
+        saved = state.get("settings", {})
+        other = [name for name, value in settings.items() if saved.get(name) != value and name not in may_differ]
+        if other:
+            raise UserError(f"{self.state}: that run had --{other[0]}={saved.get(other[0])}, this one has "
+                            f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
+        return state
+
+    def write_config(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str) -> None:
+        """Write what was asked for and on which data."""
+        write_json(self.config, {"command": " ".join(["python3", *sys.argv]), "settings": dict(settings),
+                                 "torch": torch.__version__, "threads": torch.get_num_threads(),
+                                 "data_fingerprint": fingerprint, "data": dict(manifest)})
+
+    def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the table of metrics, figures in full; columns are those of all rows, in order of appearance."""
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.metrics, text.getvalue())

@@ -1,0 +1,41 @@
+"""Pictures of a run, written as PNG without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from dataset.files import atomic_file
+
+
+def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: Sequence[float] | None = None,
+                xlabel: str = "epoch", mark: float | None = None, title: str = "") -> None:
+    """Draw panels side by side, each a set of named curves.
+
+    Args:
+        path: the PNG to write.
+        panels: title -> name of the curve -> its values.
+        x: where the values are; default 1, 2, ...
+        mark: where to draw a dotted line, for example the best epoch.
+    """
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (name, curves) in zip(axes, panels.items(), strict=True):
+        for label, values in curves.items():
+            at = x if x is not None else range(1, len(values) + 1)
+            axis.plot(at, values, label=label, marker="o" if len(values) < 30 else None, markersize=3)
+        if mark is not None:
+            axis.axvline(mark, color="grey", linestyle=":", linewidth=1)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel(xlabel)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        if len(curves) > 1:
+            axis.legend(fontsize=8, frameon=False)
+    figure.suptitle(title, fontsize=11)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)

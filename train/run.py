@@ -1,0 +1,206 @@
+"""The loops: they are handed models, loaders, environments and agents.
+
+Supervised: `get_dataset`, `get_model`, `sltrain`, `sltest`, `slpred`, and `slfit`, the run from the first epoch to the
+best model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.files import UserError
+from dataset.prepare import prepare
+from dataset.rtrl import Batches, Numerical, Splits, load_splits
+from dataset.simulate import Size, simulate
+from slmodels import AITM, build
+from train.Arguments import SLArguments
+from train.checkpoint import RunFolder, save_model, save_tensors
+from train.plots import plot_panels
+from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed
+
+Predictions = list[NDArray[np.float32]]
+BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, DROPOUT = (512, 256), (128, 64), 0.2
+EVALUATION_BATCH = 16_384  # rows; evaluation keeps no gradients
+
+
+class Polisher(Protocol):
+    """What weights the loss: given a batch and the predictions, a weight for every sample and task (B, T)."""
+
+    def weights(self, categorical_x: Tensor, numerical_x: Tensor, predictions: Tensor, labels: Tensor) -> Tensor: ...
+
+
+def get_dataset(name: str, path: str, numerical: str = "session") -> Splits:
+    """Read the MDP tables in the folder `path`/`name`; where `rt` is absent it is simulated first.
+
+    Raises UserError where the folder is incomplete or a file in it is wrong.
+    """
+    folder = Path(path) / name
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        if name != "rt":
+            raise UserError(f"{folder}: no such data set: make it with python3 -m dataset.prepare --out {folder}")
+        raw = Path(path) / "simulated"
+        print(f"{folder} is not there: simulating a shopping log into {raw} and preparing it.\n"
+              f"For your own RetailRocket files: python3 -m dataset.prepare --raw DIR --out {folder}\n")
+        if not raw.exists():
+            simulate(raw, Size())
+        if folder.exists():
+            folder.rmdir()
+        prepare(raw, folder)
+    return load_splits(folder, cast(Numerical, numerical))
+
+
+def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: int, task_num: int, expert_num: int,
+              embed_dim: int, dropout: float = DROPOUT, calibrator: float = 0.0) -> nn.Module:
+    """Build a model of `slmodels` with the documented widths. Raises UserError, with the list, for an unknown name.
+
+    calibrator: weight of AITM's behavioural-expectation calibrator; no other model has one.
+    """
+    try:
+        model = build(name, categorical_field_dims, numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, task_num,
+                      expert_num, dropout)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if calibrator and not isinstance(model, AITM):
+        raise UserError(f"--calibrator: only aitm has one, not {name}")
+    if isinstance(model, AITM):
+        model.calibrator = calibrator
+    return model
+
+
+def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Batches,
+            criterion: Callable[[Tensor, Tensor], Tensor], device: torch.device | str,
+            polisher: Polisher | None = None, log_interval: int = 100) -> float:
+    """Train for one epoch.
+
+    Args:
+        criterion: predictions and labels (B, T) to losses, (B, T) or their mean ().
+        polisher: weights the losses of samples and tasks; it needs a criterion that does not average.
+        log_interval: steps between two updates of the loss in the progress bar.
+
+    Returns:
+        The mean loss of the epoch. Raises UserError where it is no longer a number.
+    """
+    model.train()
+    total, rows = torch.zeros((), device=device), 0
+    with tqdm(data_loader, "train", unit="batch", leave=False, disable=None) as bar:
+        for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
+            categorical_x, numerical_x, labels = (x.to(device) for x in (categorical_x, numerical_x, labels))
+            predictions = model(categorical_x, numerical_x)
+            losses = criterion(predictions, labels)
+            if polisher is not None:
+                losses = losses * polisher.weights(categorical_x, numerical_x, predictions, labels)
+            loss = losses.mean()
+            if isinstance(model, AITM):
+                loss = loss + model.penalty(predictions)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(labels)
+            rows += len(labels)
+            if step % log_interval == 0 or step == len(data_loader):
+                bar.set_postfix(loss=f"{float(total) / rows:.4f}")
+    mean = float(total) / max(rows, 1)
+    if not np.isfinite(mean):
+        raise UserError(f"the training loss is {mean}: try a smaller --learning_rate; the last good epoch is kept")
+    return mean
+
+
+@torch.no_grad()
+def slpred(model: nn.Module, data_loader: Batches, task_num: int, device: torch.device | str) -> Predictions:
+    """Predict; return for each of `task_num` tasks the predictions of all rows (n,), in the loader's order."""
+    model.eval()
+    parts = [model(categorical_x.to(device), numerical_x.to(device))
+             for categorical_x, numerical_x, _ in tqdm(data_loader, "predict", unit="batch", leave=False, disable=None)]
+    whole = torch.cat(parts).cpu().numpy()
+    return [whole[:, task] for task in range(task_num)]
+
+
+def sltest(model: nn.Module, data_loader: Batches, task_num: int,
+           device: torch.device | str) -> tuple[list[float], list[float]]:
+    """Test; return AUC per task (nan where there is one class only) and logloss per task."""
+    metrics = evaluate(model, data_loader, task_num, device)
+    return [one.auc for one in metrics], [one.logloss for one in metrics]
+
+
+def evaluate(model: nn.Module, data_loader: Batches, task_num: int, device: torch.device | str) -> list[Metrics]:
+    """AUC, logloss and s-Logloss of each task."""
+    labels = data_loader.tensors[2].cpu().numpy()
+    predictions = slpred(model, data_loader, task_num, device)
+    return [measure(predictions[task], labels[:, task], data_loader.session) for task in range(task_num)]
+
+
+def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolder, identity: dict[str, Any],
+          device: torch.device, polisher: Polisher | None = None) -> tuple[EarlyStopper, list[Metrics]]:
+    """Train until validation no longer improves; return the stopper, which has the best weights, and test metrics.
+
+    Each epoch ends with a commit to `run`. All that is random in an epoch is a function of (seed, epoch), so that a
+    run that was stopped and goes on ends the same. At the end the model has its best weights.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
+                                 fused=True)
+    stopper = EarlyStopper(settings.patience)
+    train = Batches(splits.train, settings.batch_size, device, seed=settings.seed)
+    val, test = (Batches(split, EVALUATION_BATCH, device) for split in (splits.val, splits.test))
+    criterion = nn.BCELoss(reduction="none")
+    rows: list[dict[str, Any]] = []
+    first, going = 1, True
+
+    state = run.open(asdict(settings), splits.fingerprint, settings.resume)
+    run.write_config(asdict(settings), splits.manifest, splits.fingerprint)
+    if state is not None:
+        model.load_state_dict(state["model"])
+        set_optim_param(optimizer, state["optimizer"])
+        stopper.load_state_dict(state["stopper"])
+        rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
+        print(f"resuming after epoch {state['epoch']}")
+    for epoch in range(first, settings.epoch + 1):
+        if not going:
+            break
+        set_seed(settings.seed, epoch)
+        train.epoch = epoch
+        loss = sltrain(model, optimizer, train, criterion, device, polisher)
+        metrics = evaluate(model, val, settings.task_num, device)
+        going = stopper.is_continuable(model, validation_score(metrics), epoch)
+        rows.append({"split": "val", "epoch": epoch, "loss": loss, **_named(splits, metrics)})
+        print(f"epoch {epoch}: loss {loss:.4f}, validation AUC "
+              + ", ".join(f"{name} {one.auc:.4f}" for name, one in zip(splits.task_names, metrics, strict=False)))
+        if stopper.best_epoch == epoch:
+            save_model(run.model, stopper.best_state, identity)
+        save_tensors(run.state, {"epoch": epoch, "going": going, "model": model.state_dict(), "metrics": rows,
+                                 "optimizer": get_optim_param(optimizer), "stopper": stopper.state_dict(),
+                                 "settings": asdict(settings), "fingerprint": splits.fingerprint})
+    model.load_state_dict(stopper.best_state)
+    save_model(run.model, stopper.best_state, identity)
+    metrics = evaluate(model, test, settings.task_num, device)
+    run.write_metrics([*rows, {"split": "test", "epoch": stopper.best_epoch, **_named(splits, metrics)}])
+    plot_panels(run.curves, _curves(splits.task_names, rows), mark=stopper.best_epoch, title=run.name)
+    return stopper, metrics
+
+
+def validation_score(metrics: Sequence[Metrics]) -> float:
+    """What early stopping watches: the mean AUC of the tasks that have one, else minus the mean logloss."""
+    known = [one.auc for one in metrics if np.isfinite(one.auc)]
+    return float(np.mean(known)) if known else -float(np.mean([one.logloss for one in metrics]))
+
+
+def _named(splits: Splits, metrics: Sequence[Metrics]) -> dict[str, float]:
+    return {f"{figure}_{name}": value for name, one in zip(splits.task_names, metrics, strict=False)
+            for figure, value in one._asdict().items()}
+
+
+def _curves(tasks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    tasks = [name for name in tasks if f"auc_{name}" in rows[0]]
+    return {
+        "training loss": {"loss": [row["loss"] for row in rows]},
+        "validation AUC": {name: [row[f"auc_{name}"] for row in rows] for name in tasks},
+        "validation logloss": {name: [row[f"logloss_{name}"] for row in rows] for name in tasks},
+    }
