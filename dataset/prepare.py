@@ -60,7 +60,7 @@ class Line(NamedTuple):
     """A line of the account: what, how many."""
 
     what: str
-    count: int
+    rows: int
     indent: int = 1
 
 
@@ -86,8 +86,8 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int = 2
     property_files = sorted(path for path in raw.iterdir() if path.name.startswith("item_properties")
                             and path.name.endswith((".csv", ".csv.gz")))
     if not property_files:
-        raise UserError(f"{raw}: no item_properties*.csv: the Kaggle files are item_properties_part1.csv and _part2.csv")
-    tree_file = next((path for path in (raw / "category_tree.csv", raw / "category_tree.csv.gz") if path.exists()), None)
+        raise UserError(f"{raw}: no item_properties*.csv: Kaggle has item_properties_part1.csv and _part2.csv")
+    tree_file = next((path for path in raw.glob("category_tree.csv*") if path.suffix in (".csv", ".gz")), None)
 
     table, account = _sessions(_read_events(event_file), session_gap, min_session)
     bounds, boundary = _cut(table)
@@ -114,7 +114,7 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int = 2
             "inputs": {path.name: sha256(path) for path in tqdm(inputs, "fingerprints", leave=False, disable=None)},
             "settings": {"session_gap": session_gap, "min_session": min_session},
             "boundary": int(boundary),
-            "account": [[line.what, line.count] for line in account],
+            "account": [[line.what, line.rows] for line in account],
             "categorical": list(PROPERTIES),
             "long_tailed": list(LONG_TAILED),
             "tasks": [{"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "pay"}],
@@ -221,7 +221,7 @@ def _sessions(events: pd.DataFrame, session_gap: float, min_session: int) -> tup
 def _cut(table: pd.DataFrame) -> tuple[list[int], int]:
     """Step 5: the row numbers of the cuts (0, a, b, rows), and the time at which validation starts."""
     starts = np.flatnonzero(np.append(True, np.diff(table["number"]) != 0))  # first row of each session
-    cuts = [0, *(int(starts[min(np.searchsorted(starts, share * len(table)), len(starts) - 1)])
+    cuts = [0, *(int(starts[min(int(np.searchsorted(starts, share * len(table))), len(starts) - 1)])
                  for share in (0.6, 0.8)), len(table)]
     if not cuts[0] < cuts[1] < cuts[2] < cuts[3]:
         raise UserError(f"only {len(starts)} sessions are left: too few to cut into train, val and test")
@@ -296,8 +296,8 @@ def _write_split(split: pd.DataFrame, path: Path) -> None:
 
 def _print_account(account: list[Line], splits: dict[str, pd.DataFrame], boundary: int) -> None:
     for line in account:
-        print(f"{'  ' * line.indent + line.what:<66}{line.count:>14,}")
-    print(f"\n{'':<8}{'rows':>12}{'sessions':>12}{'click':>9}{'pay':>9}   {'rows a session: median, 99 %, longest':<40}")
+        print(f"{'  ' * line.indent + line.what:<66}{line.rows:>14,}")
+    print(f"\n{'':<8}{'rows':>12}{'sessions':>12}{'click':>9}{'pay':>9}   rows a session: median, 99 %, longest")
     whole: dict[str, Any] = {**splits, "all": pd.concat(splits.values())}
     for name, split in whole.items():
         lengths = split.groupby("number").size()

@@ -28,7 +28,7 @@ Numerical = Literal["session", "none"]
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
 
 NUMERICAL = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
-_PUBLISHED = {
+_PUBLISHED: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
     "categorical": list(PROPERTIES),
     "long_tailed": list(LONG_TAILED),
@@ -211,7 +211,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
 
     names = [str(name) for name in manifest["categorical"]]
     labels = [str(task["label"]) for task in manifest["tasks"]]
-    kinds: dict[str, Kind] = {"itemid": "id", **{name: "optional_text" for name in names}}  # type: ignore[dict-item]
+    kinds: dict[str, Kind] = {"itemid": "id", **dict.fromkeys(names, "optional_text")}
     items = read_table(path / "item_feadf.csv", kinds)
     twice = items["itemid"].duplicated().to_numpy()
     if twice.any():
@@ -222,7 +222,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     for one, two in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = np.intersect1d(tables[one]["sessionid"], tables[two]["sessionid"])
         if len(shared) and prepared:
-            raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits must not share sessions")
+            raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits share no sessions")
     best = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else dict.fromkeys(SPLITS)
     splits = {name: RetailRocketRLDataset(tables[name], items, names, labels, numerical, best[name])
               for name in SPLITS}
@@ -252,8 +252,8 @@ def _check_manifest(path: Path) -> dict[str, Any]:
 
 def _read_split(path: Path, labels: list[str]) -> pd.DataFrame:
     kinds: dict[str, Kind] = {"timestamp": "id", "sessionid": "id", "visitorid": "id", "itemid": "id",
-                              **{name: "label" for name in labels},  # type: ignore[dict-item]
-                              **{f"{name}_time": "optional_id" for name in labels}}  # type: ignore[dict-item]
+                              **dict.fromkeys(labels, "label"),
+                              **{f"{name}_time": "optional_id" for name in labels}}
     optional = ["sessionid", "visitorid", *(f"{name}_time" for name in labels)]
     table = read_table(path, kinds, optional)
     if "sessionid" not in table:

@@ -37,22 +37,22 @@ Floats = NDArray[np.float64]
 START_MS = 1_430_622_000_000  # 2015-05-03, the first day of the RetailRocket log
 WEEK_MS = 7 * 24 * 3600 * 1000
 WEEKS = 18  # weekly property snapshots
-EVENTS_PER_VISITOR = 2.06  # what the constants below give, over many seeds
+EVENTS_PER_VISITOR = 2.03  # what the constants below give, over many seeds
 
-FIRST_CLICK, FIRST_BUY, BUY_INTENT = 0.028, 0.28, 0.5
-INTENT_SPREAD, KEEP, CLICK_LIFT, BUY_DROP, DRIFT = 0.45, 0.85, 1.6, 2.0, 0.2
+FIRST_CLICK, FIRST_BUY, BUY_INTENT = 0.025, 0.25, 0.5
+INTENT_SPREAD, KEEP, CLICK_LIFT, BUY_DROP, DRIFT = 0.25, 0.85, 2.1, 2.0, 0.15
 STAY_BIAS, STAY_LENGTH, STAY_INTENT, LONGEST = -0.9, 0.75, 0.45, 400
-GAP_BIAS, GAP_INTENT, GAP_NOISE, DAYS_LATER = 4.3, 0.8, 0.5, 0.04
+GAP_BIAS, GAP_INTENT, GAP_NOISE, DAYS_LATER = 4.3, 0.8, 0.4, 0.04
 LOOK_AGAIN, LATE_CART, LATE_BUY, NO_CART = 0.22, 0.08, 0.35, 0.05
 OWN_CATEGORY = 0.6  # share of impressions from the category that the visitor came for
 
 # Property -> (values, spread of its effect on appeal, on worth). 364 and 776 have long tails and little to say.
 PROPERTIES: dict[str, tuple[int, float, float]] = {
-    "785": (12, 0.6, 0.9),
-    "591": (30, 0.5, 0.5),
-    "814": (20, 0.5, 0.5),
+    "785": (12, 1.2, 1.2),
+    "591": (30, 0.4, 0.3),
+    "814": (20, 0.4, 0.3),
     "available": (2, 0.0, 0.0),
-    "categoryid": (0, 0.7, 0.5),
+    "categoryid": (0, 0.3, 0.25),
     "364": (0, 0.0, 0.0),
     "776": (0, 0.0, 0.0),
 }
@@ -64,7 +64,7 @@ FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
 class Size:
     """How much to simulate. Everything follows from it, bit for bit."""
 
-    events: int = 260_000
+    events: int = 300_000
     items: int = 12_000
     property_rows: int = 240_000
     seed: int = 2022
@@ -125,7 +125,7 @@ class Shop:
         self.values = {name: _zipf(rng, count, size.items, 1.1) for name, count in counts.items()}  # (I,) each
         self.values["categoryid"] = self.category
         self.available = rng.random((WEEKS, size.items)) < np.where(rng.random(size.items) < 0.7, 0.95, 0.3)  # (W, I)
-        self.described = rng.random(size.items) < 0.9  # the others have no properties in the log
+        self.described = rng.random(size.items) < 0.93  # the others have no properties in the log
         appeal = {name: rng.normal(0, PROPERTIES[name][1], count) for name, count in counts.items()}
         worth = {name: rng.normal(0, PROPERTIES[name][2], count) for name, count in counts.items()}
         self.appeal: Floats = np.sum([appeal[name][self.values[name]] for name in counts], axis=0)  # (I,)

@@ -2,7 +2,7 @@
 
 from layers.critic import Critic, CriticNeg
 from layers.esmm import ESMM
-from layers.layers import EmbeddingLayer, Experts, Fields, FieldInput, Gate, MultiLayerPerceptron
+from layers.layers import EmbeddingLayer, Experts, FieldInput, Fields, Gate, MultiLayerPerceptron
 
 __all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FieldInput", "Fields", "Gate",
            "MultiLayerPerceptron"]

@@ -7,6 +7,7 @@ concatenation out. Whoever takes an `Input` calls `linear(x, weight, bias)` and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ class EmbeddingLayer(nn.Module):
         self.field_dims = list(field_dims)
         self.embedding = nn.Embedding(sum(field_dims), embed_dim)
         nn.init.xavier_uniform_(self.embedding.weight)
-        first = torch.tensor([0, *field_dims[:-1]]).cumsum(0)
-        self.register_buffer("offsets", first, persistent=False)  # (F,) where each field begins
+        self.offsets: Tensor  # (F,) where each field begins
+        self.register_buffer("offsets", torch.tensor([0, *field_dims[:-1]]).cumsum(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed the ids x (B, F) -> (B, F, D). Raises IndexError for an id outside its table."""
@@ -90,13 +91,14 @@ class MultiLayerPerceptron(nn.Module):
     def __init__(self, input_dim: int, embed_dims: Sequence[int], dropout: float, output_layer: bool = True) -> None:
         super().__init__()
         dims = [input_dim, *embed_dims]
-        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in zip(dims[:-1], dims[1:], strict=True))
+        self.hidden = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(dims))
         self.output = nn.Linear(dims[-1], 1) if output_layer else None
         self.dropout = dropout
 
     def forward(self, x: Input) -> Tensor:
         """Take (B, input_dim); return (B, 1), or (B, embed_dims[-1]) without an output layer."""
         for layer in self.hidden:
+            assert isinstance(layer, nn.Linear)
             x = F.dropout(F.relu(linear(x, layer.weight, layer.bias)), self.dropout, self.training)
         if self.output is not None:
             return linear(x, self.output.weight, self.output.bias)
@@ -116,7 +118,7 @@ class Experts(nn.Module):
         self.expert_num, self.dropout = expert_num, dropout
         self.first = nn.Linear(input_dim, expert_num * embed_dims[0])  # its bounds depend on input_dim alone
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for i, o in zip(embed_dims[:-1], embed_dims[1:], strict=True):
+        for i, o in pairwise(embed_dims):
             bound = i**-0.5  # as nn.Linear draws them
             self.weights.append(torch.empty(expert_num, i, o).uniform_(-bound, bound))
             self.biases.append(torch.empty(expert_num, 1, o).uniform_(-bound, bound))

@@ -26,6 +26,7 @@ MODELS: dict[str, type[nn.Module]] = {
     "ple": PLE,
     "aitm": AITM,
 }
+__all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "OMoE", "SharedBottom", "SingleTask", "build"]
 WITH_EXPERTS = ("omoe", "mmoe", "ple")
 
 

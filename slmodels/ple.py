@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ class PLE(nn.Module):
         specific_num, shared_num = expert_num // 2, expert_num - expert_num // 2
         self.levels = nn.ModuleList(
             Extraction(i, o, task_num, specific_num, shared_num, dropout, last=level == len(bottom_mlp_dims) - 1)
-            for level, (i, o) in enumerate(zip(dims[:-1], dims[1:], strict=True)))
+            for level, (i, o) in enumerate(pairwise(dims)))
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 

@@ -1,1 +1,1 @@
-"""Settings (`Arguments`), tools of the loops (`utils`), the books of a run (`checkpoint`, `plots`), the loops (`run`)."""
+"""Settings (`Arguments`), tools of the loops (`utils`), the books of a run (`checkpoint`, `plots`), loops (`run`)."""

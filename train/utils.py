@@ -110,7 +110,7 @@ class Metrics(NamedTuple):
     session_logloss: float  # s-Logloss: mean over sessions of the mean logloss inside the session
 
 
-def measure(predictions: NDArray[np.float32], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
+def measure(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
     """Compare one task's predictions (n,) with labels (n,); rows of a session are neighbours."""
     p = np.clip(predictions.astype(np.float64), 1e-7, 1 - 1e-7)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
