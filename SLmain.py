@@ -1,23 +1,26 @@
-"""Train a multi-task model on logged sessions: the baseline of RMTL.
+"""Train a multi-task model on logged sessions; or polish it with the weights of critics.
 
-    python3 SLmain.py --model_name=esmm          # train, test and save a baseline: chkpt/SL/rt_esmm, pretrain/
-    python3 SLmain.py --model_name=mmoe --seed=1 --numerical=none
-    python3 SLmain.py --model_name=esmm --resume  # go on where a run was stopped
+    python3 SLmain.py --model_name=esmm            # a baseline: chkpt/SL/rt_esmm, pretrain/rt_esmm.pt
+    python3 SLmain.py --model_name=ple --polish=1  # fine-tune with w = 1 - 1 Q(s, a); RLmain.py makes the critics
+    python3 SLmain.py --model_name=ple --polish=1 --polish_method=constant  # the control: weights of 1
+    python3 SLmain.py --model_name=esmm --resume   # go on where a run was stopped
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dataset.files import check_writable, exit_on_user_error
-from dataset.rtrl import Splits
+from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
-from train.checkpoint import RunFolder, model_identity, save_model
-from train.run import get_dataset, get_model, slfit
-from train.utils import Catemapper, Metrics, measure, pick_device, set_seed
+from train.checkpoint import RunFolder, load_model, model_identity, save_model
+from train.polish import make_polisher, summary
+from train.run import evaluate_split, get_dataset, get_model, slfit
+from train.utils import Metrics, map_splits, measure, pick_device, set_seed
 
 
 def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int = 2, expert_num: int = 8,
@@ -31,33 +34,63 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
     settings = SLArguments(
         dataset_name=dataset_name, dataset_path=dataset_path, task_num=task_num, expert_num=expert_num,
         model_name=model_name, epoch=epoch, learning_rate=learning_rate, feature_map_rate=feature_map_rate,
-        batch_size=batch_size, embed_dim=embed_dim, weight_decay=weight_decay, device=device, save_dir=save_dir, **more)
-    return train_baseline(settings)
+        batch_size=batch_size, embed_dim=embed_dim, weight_decay=weight_decay, polish_lambda=polish_lambda,
+        device=device, save_dir=save_dir, **more)
+    if not settings.polish_lambda:
+        return train_baseline(settings)
+    if not baseline_path(settings).exists():
+        print(f"{baseline_path(settings)}: no baseline of {model_name} yet: it is trained first\n")
+        train_baseline(replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
+        print(f"\nnow polishing {model_name}")
+    return polish(settings)
 
 
 def train_baseline(settings: SLArguments) -> list[Metrics]:
-    """One run from the tables to the tested model."""
-    device = pick_device(settings.device)
-    run = RunFolder(settings.save_dir, settings.dataset_name, settings.model_name)
-    baseline = Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.model_name}.pt"
+    """From the tables to a tested model, which later runs start from."""
+    device, run, baseline = pick_device(settings.device), RunFolder.of_model(settings), baseline_path(settings)
     check_writable(run.books, baseline.parent)
-
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
-    catemapper = Catemapper(settings.feature_map_rate).fit(splits.train, splits.long_tailed)
-    for split in (splits.train, splits.val, splits.test):
-        catemapper.map(split)
+    catemapper = map_splits(splits, settings.feature_map_rate)
     catemapper.save(run.books / "catemapper.json")
 
     set_seed(settings.seed)
     model = get_model(settings.model_name, catemapper.field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator)
-    identity = model_identity(settings, splits.fingerprint, catemapper.field_dims)
+                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
     save_model(baseline, model, identity)
 
     report(splits, stopper.best_accuracy, metrics)
     print(f"saved {run.model} and {baseline}; curves: {run.curves}")
     return metrics
+
+
+def polish(settings: SLArguments) -> list[Metrics]:
+    """From a baseline and critics to a model fine-tuned with their weights."""
+    device, run = pick_device(settings.device), RunFolder.of_model(settings)
+    check_writable(run.books)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    field_dims = map_splits(splits, settings.feature_map_rate).field_dims
+
+    model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
+                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
+    load_model(baseline_path(settings), model, identity, "train the baseline again, with the same settings: python3 "
+               f"SLmain.py --model_name={settings.model_name}")
+    before = evaluate_split(model, splits.test, settings.task_num, device)
+    polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
+    stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)
+
+    report(splits, stopper.best_accuracy, metrics)
+    print("\n" + summary(settings, splits.fingerprint, before, metrics, splits.task_names))
+    if stopper.best_epoch == 0:
+        print("no epoch beat the baseline on validation: the weights are the baseline's")
+    print(f"saved {run.model}; weights: {run.weights}, curves: {run.curves}")
+    return metrics
+
+
+def baseline_path(settings: SLArguments) -> Path:
+    return Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.model_name}.pt"
 
 
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:
@@ -69,14 +102,18 @@ def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None
         print(f"task {task}, AUC {one.auc:.4f}, Log-loss {one.logloss:.4f}")
     print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {one.session_logloss:.4f}"
                                                             for task, one in enumerate(metrics)))
-    test = splits.test
     for task, one in enumerate(metrics):
-        if np.isnan(one.auc):
-            print(f"task {task}: AUC is nan, because every label of the test split is {test.labels[0, task]:.0f}")
-        elif test.best is not None:
-            best = measure(test.best[:, task], test.labels[:, task], test.session).auc
-            print(f"task {task}, best possible AUC {best:.4f} (simulated data: the true probabilities); the model is "
-                  f"{(one.auc - 0.5) / (best - 0.5):.0%} of the way from 0.5")
+        print_possible(splits.test, task, one)
+
+
+def print_possible(test: RetailRocketRLDataset, task: int, metrics: Metrics) -> None:
+    """Print the best possible AUC where the truth is known, and why there is none where there is none."""
+    if np.isnan(metrics.auc):
+        print(f"task {task}: AUC is nan, because every label of the test split is {test.labels[0, task]:.0f}")
+    elif test.best is not None:
+        best = measure(test.best[:, task], test.labels[:, task], test.session).auc
+        print(f"task {task}, best possible AUC {best:.4f} (simulated data: the true probabilities); the model is "
+              f"{(metrics.auc - 0.5) / (best - 0.5):.0%} of the way from 0.5")
 
 
 @exit_on_user_error

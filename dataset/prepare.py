@@ -42,6 +42,7 @@ from dataset.files import (
     sha256,
     write_json,
 )
+from dataset.simulate import TRUTH_KINDS
 
 EVENTS = ("view", "addtocart", "transaction")
 PROPERTIES = ("785", "591", "814", "available", "categoryid", "364", "776")
@@ -51,8 +52,6 @@ MDP_COLUMNS = ["timestamp", "sessionid", "itemid", "pay", "click", "click_time",
 EVENT_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "event": "text", "itemid": "id",
                                 "transactionid": "optional_id"}
 PROPERTY_KINDS: dict[str, Kind] = {"timestamp": "id", "itemid": "id", "property": "text", "value": "optional_text"}
-TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
-                                "p_pay": "number"}
 NEVER = np.iinfo(np.int64).max
 
 

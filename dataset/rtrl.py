@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dataset.files import Kind, UserError, read_json, read_table, sha256
 from dataset.prepare import LONG_TAILED, PROPERTIES, SPLITS
+from dataset.simulate import TRUTH_KINDS
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -54,17 +55,17 @@ class RetailRocketRLDataset:
         labels: (n, T) float32, 0 or 1; T = 2: click (CTR), pay (CTCVR).
         session: (n,) int64; rows of one session are neighbours.
         timestamp: (n,) int64 ms.
-        best: (n, T) float64 true probabilities if the log is simulated, else None.
+        truth: what the simulator knows of each row (`dataset.simulate.TRUTH_KINDS`) if the log is simulated, else None.
     """
 
     def __init__(self, table: pd.DataFrame, items: pd.DataFrame, field_names: list[str], label_names: list[str],
-                 numerical: Numerical = "session", best: NDArray[np.float64] | None = None) -> None:
+                 numerical: Numerical = "session", truth: pd.DataFrame | None = None) -> None:
         order = _session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy()
         self.timestamp: Ids = table["timestamp"].to_numpy()
         self.labels: Floats = table[label_names].to_numpy(np.float32)
-        self.best = None if best is None else best[order]
+        self.truth = None if truth is None else truth.iloc[order].reset_index(drop=True)
         at = pd.Index(items["itemid"]).get_indexer(pd.Index(table["itemid"]))  # -1: an item without properties
         self.fields = {name: _field(items[name].to_numpy(), at) for name in field_names}
         self.numerical: Floats = (session_so_far(table) if numerical == "session"
@@ -80,6 +81,11 @@ class RetailRocketRLDataset:
 
     def set_ids(self, categorical: Ids, field_dims: list[int]) -> None:
         self._categorical, self.field_dims = categorical, field_dims
+
+    @property
+    def best(self) -> NDArray[np.float64] | None:
+        """The true probabilities (n, T) if the log is simulated, else None: no model can rank better."""
+        return None if self.truth is None else self.truth[["p_click", "p_pay"]].to_numpy(np.float64)
 
     @property
     def numerical_num(self) -> int:
@@ -199,6 +205,9 @@ def _count_before(keys: tuple[Ids, Ids], session: Ids, time: Ids) -> Ids:
 
 def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     """Read a folder of MDP tables. Raises UserError naming the file, line and column that is missing or wrong."""
+    if not path.exists():
+        raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
+                        "one of your own files")
     files = [*(f"{name}.csv" for name in SPLITS), "item_feadf.csv"]
     missing = [name for name in files if not (path / name).exists()]
     if missing:
@@ -223,8 +232,8 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
         shared = np.intersect1d(tables[one]["sessionid"], tables[two]["sessionid"])
         if len(shared) and prepared:
             raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits share no sessions")
-    best = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else dict.fromkeys(SPLITS)
-    splits = {name: RetailRocketRLDataset(tables[name], items, names, labels, numerical, best[name])
+    truth = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else {}
+    splits = {name: RetailRocketRLDataset(tables[name], items, names, labels, numerical, truth.get(name))
               for name in SPLITS}
     return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
 
@@ -263,12 +272,12 @@ def _read_split(path: Path, labels: list[str]) -> pd.DataFrame:
     return table
 
 
-def _read_truth(path: Path, tables: dict[str, pd.DataFrame]) -> dict[str, NDArray[np.float64] | None]:
-    truth = read_table(path, {"p_click": "number", "p_pay": "number"}).to_numpy()
+def _read_truth(path: Path, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    truth = read_table(path, TRUTH_KINDS, optional=["visitorid"])
     if len(truth) != sum(map(len, tables.values())):
         raise UserError(f"{path}: {len(truth)} rows, but the tables have {sum(map(len, tables.values()))}")
     ends = np.cumsum([len(tables[name]) for name in SPLITS])
-    return dict(zip(SPLITS, np.split(truth, ends[:-1]), strict=True))
+    return {name: truth.iloc[end - len(tables[name]):end] for name, end in zip(SPLITS, ends, strict=True)}
 
 
 def _session_order(table: pd.DataFrame) -> Ids:

@@ -24,12 +24,13 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import UserError, atomic_folder, exit_on_user_error, write_json
+from dataset.files import Kind, UserError, atomic_folder, exit_on_user_error, write_json
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -57,6 +58,10 @@ PROPERTIES: dict[str, tuple[int, float, float]] = {
     "776": (0, 0.0, 0.0),
 }
 UNAVAILABLE = -2.5  # on worth, where available is 0
+# Columns of truth.csv, one row an impression: p_click and p_pay, and the visitor's hidden state before it.
+TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
+                                "p_pay": "number", "intent": "number", "mood": "number", "category": "id",
+                                "position": "id"}
 FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
 
 
@@ -151,13 +156,14 @@ class Shop:
             seen=np.zeros((count, 0), np.int64),
         )
 
-    def step(self, rng: np.random.Generator, visitors: Visitors) -> tuple[Impressions, Visitors]:
-        """Show one item to each visitor; return what happened and those who stay, moved on."""
+    def step(self, rng: np.random.Generator, visitors: Visitors,
+             shown: Ints | None = None) -> tuple[Impressions, Visitors]:
+        """Show one item to each visitor (or those of `shown`); return what happened and who stays, moved on."""
         count = len(visitors.ids)
         own = rng.random(count) < OWN_CATEGORY
         low = np.where(own, self.category_bounds[visitors.home], 0.0)
         high = np.where(own, self.category_bounds[visitors.home + 1], self.cumulative[-1])
-        items = self._draw(rng, low, high)
+        items = self._draw(rng, low, high) if shown is None else shown
         repeated = (visitors.seen == items[:, None]).any(axis=1)
 
         week = np.minimum((visitors.clock - START_MS) // WEEK_MS, WEEKS - 1).astype(np.int64)
@@ -201,6 +207,33 @@ def simulate(out: Path, size: Size) -> None:
         properties[half:].to_csv(folder / "item_properties_part2.csv", index=False)
         _category_tree(shop).to_csv(folder / "category_tree.csv", index=False)
         write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
+
+
+def expected_return(size: Size, truth: pd.DataFrame, actions: NDArray[np.floating[Any]], gamma: float,
+                    rollouts: int = 64) -> Floats:
+    """The true expected discounted return of taking `actions` (n, 2) in the rows `truth` (n,): (n, 2).
+
+    The reward is minus the cross-entropy; the later actions are the true probabilities. It is the mean over `rollouts`
+    futures of the same visitor, simulated from the row's hidden state: what an ideal critic would answer.
+    """
+    shop = Shop(size)
+    rng = np.random.default_rng([size.seed, 4])
+    number = pd.Series(np.arange(size.items), index=shop.item_ids)[truth["itemid"]].to_numpy()
+    rows = np.tile(np.arange(len(truth)), rollouts)
+    columns = {name: truth[name].to_numpy()[rows] for name in ("category", "mood", "intent", "position", "timestamp")}
+    visitors = Visitors(rows, columns["category"], columns["mood"], columns["intent"], columns["position"],
+                        columns["timestamp"].astype(np.float64), np.zeros((len(rows), 0), np.int64))
+    lane, shown = np.arange(len(rows)), number[rows]
+    returns, discount, first = np.zeros((len(rows), 2)), np.ones(len(rows)), True
+    while len(visitors.ids):
+        met, moved = shop.step(rng, visitors, shown if first else None)
+        p = np.clip(actions[rows] if first else np.column_stack([met.p_click, met.p_pay]), 1e-4, 1 - 1e-4)
+        reward = np.where(np.column_stack([met.click, met.pay]), np.log(p), np.log1p(-p))
+        new = ~met.repeated  # an item met before makes no row of its own
+        returns[lane[new]] += discount[lane[new], None] * reward[new]
+        discount[lane[new]] *= gamma
+        lane, visitors, first = lane[met.stays], moved, False
+    return returns.reshape(rollouts, len(truth), 2).mean(axis=0)
 
 
 def _log(shop: Shop) -> tuple[pd.DataFrame, pd.DataFrame]:

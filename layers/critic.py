@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron, linear
+from layers.layers import FieldInput, MultiLayerPerceptron, dropout, linear
 
 
 class Critic(nn.Module):
     """Fields, numbers and the action, each embedded, through a bottom and a tower to one score.
 
-    The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + W_a (B a + c).
+    The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + W_a (B a + c). Numbers
+    are normalised first: (n - mean) / std, two buffers that an agent may set (0 and 1 at first).
 
     Args:
         categorical_field_dims: number of ids of each of the F fields.
@@ -27,6 +28,10 @@ class Critic(nn.Module):
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
         super().__init__()
         self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(numerical_num))
+        self.register_buffer("std", torch.ones(numerical_num))
         self.action = nn.Linear(1, embed_dim)
         self.first = nn.Linear(self.input.output_dim + embed_dim, bottom_mlp_dims[0])
         self.dropout = dropout
@@ -36,9 +41,9 @@ class Critic(nn.Module):
     def score(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
         """The last pre-activation (B,)."""
         of_state, of_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
-        h = linear(self.input(categorical_x, numerical_x), of_state, self.first.bias)
+        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), of_state, self.first.bias)
         h = h + F.linear(self.action(action), of_action)
-        h = F.dropout(F.relu(h), self.dropout, self.training)  # (B, H)
+        h = dropout(F.relu(h), self.dropout, self.training)  # (B, H)
         if len(self.bottom.hidden):
             h = self.bottom(h)
         return self.tower(h).squeeze(1)

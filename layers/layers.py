@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,6 +86,22 @@ def linear(x: Input, weight: Tensor, bias: Tensor) -> Tensor:
     return x.linear(weight, bias) if isinstance(x, Fields) else F.linear(x, weight, bias)
 
 
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Drop each number with probability p and scale the others by 1 / (1 - p): as `F.dropout`, several times faster.
+
+    On a CPU torch draws its masks one number after the other, a quarter of a training step. Here one torch number
+    seeds SFC64, which fills 16 bits a number; p is rounded to a multiple of 2^-16.
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    dropped = round(p * 65536)
+    seed = int(torch.randint(2**62, ()))
+    bits = np.random.Generator(np.random.SFC64(seed)).integers(-32768, 32768, x.shape, np.int16)
+    return x * (torch.from_numpy(bits) >= dropped - 32768) * (65536 / (65536 - dropped))
+
+
 class MultiLayerPerceptron(nn.Module):
     """Linear, ReLU, Dropout for each of `embed_dims`; then one linear output, unless `output_layer` is False."""
 
@@ -99,7 +116,7 @@ class MultiLayerPerceptron(nn.Module):
         """Take (B, input_dim); return (B, 1), or (B, embed_dims[-1]) without an output layer."""
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
-            x = F.dropout(F.relu(linear(x, layer.weight, layer.bias)), self.dropout, self.training)
+            x = dropout(F.relu(linear(x, layer.weight, layer.bias)), self.dropout, self.training)
         if self.output is not None:
             return linear(x, self.output.weight, self.output.bias)
         assert isinstance(x, Tensor)  # at least one hidden layer
@@ -132,7 +149,7 @@ class Experts(nn.Module):
         return h.transpose(0, 1)
 
     def _activate(self, h: Tensor) -> Tensor:
-        return F.dropout(F.relu(h), self.dropout, self.training)
+        return dropout(F.relu(h), self.dropout, self.training)
 
 
 class Gate(nn.Module):

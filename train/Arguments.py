@@ -13,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 from dataset.files import UserError
 from slmodels import MODELS
+from train.utils import RlLossPolisher
 
 Settings = TypeVar("Settings", bound="ModelArguments")
 
@@ -26,9 +27,8 @@ def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] =
 
 @dataclass(kw_only=True)
 class ModelArguments:
-    """Model: which, and how large. Checks every setting's range. Raises UserError."""
+    """How large a model is. Checks every setting's range. Raises UserError."""
 
-    model_name: str = setting("esmm", "the multi-task model", choices=list(MODELS))
     task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
     expert_num: int = setting(8, "E, the experts of omoe, mmoe and ple", low=2, high=4096)
     embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
@@ -59,6 +59,7 @@ class DataArguments:
 class SLArguments(ModelArguments, DataArguments):
     """Supervised training: `SLmain.py`."""
 
+    model_name: str = setting("esmm", "the multi-task model", choices=list(MODELS))
     epoch: int = setting(50, "epochs at the most; training stops earlier when validation AUC no longer rises", low=1)
     patience: int = setting(3, "epochs without a better validation AUC after which training stops", low=1)
     learning_rate: float = setting(1e-3, "of Adam", low=0)
@@ -67,6 +68,46 @@ class SLArguments(ModelArguments, DataArguments):
     dropout: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
     calibrator: float = setting(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
     save_dir: str = setting("chkpt/SL", "where runs write")
+    polish_lambda: float = setting(
+        0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
+    polish_method: str = setting(
+        "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, or a control: constant "
+        "1, shuffled those of full on the wrong samples", choices=RlLossPolisher.METHODS)
+    critic_from: str = setting("", "the model whose critics weight the loss (default: its own, else any that there are)")
+    critic_dir: str = setting("chkpt/RL", "where RLmain.py writes critics")
+
+
+@dataclass(kw_only=True)
+class RLArguments(ModelArguments, DataArguments):
+    """Offline RL: `RLmain.py`. Names and defaults of the agent as documented."""
+
+    actor_name: str = setting("esmm", "the model whose predictions are the actions", choices=list(MODELS))
+    agent: str = setting("bc", "bc: critics alone, to convergence; ddpg: the actor too; multiweight: so, with --ips",
+                         choices=["bc", "ddpg", "multiweight"])
+    reward_type: str = setting("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
+    epoch: int = setting(30, "epochs at the most; training stops earlier when the critics have converged", low=1)
+    epoch_updates: int = setting(200, "updates an epoch", low=1)
+    init_episode: int = setting(10_000, "sessions of uniform actions in the replay memory, so that critics see all of "
+                                "[0, 1]", low=0)
+    converge_tolerance: float = setting(0.05, "converged: the critic loss changes by less than this share ...", low=0)
+    converge_trials: int = setting(3, "... for so many epochs in a row", low=1)
+    gamma: float = setting(0.9, "discount of the next impression's reward", low=0, high=1)
+    batch_size: int = setting(512, "transitions an update", low=1)
+    memory_size: int = setting(500_000, "transitions that the replay memory holds", low=1)
+    memory_path: str = setting("pretrain/memory.npz", "the replay memory")
+    refill: bool = setting(False, "fill a new replay memory, even if there is one")
+    ou_noise_theta: float = setting(0.0, "mean of the exploration noise")
+    ou_noise_gamma: float = setting(0.4, "scale of the exploration noise", low=0)
+    actor_reg: float = setting(0.0, "weight of the actor's pull to the pretrained one", low=0)
+    tau: float = setting(0.2, "share by which targets follow", low=0, high=1)
+    soft_update_freq: int = setting(2, "updates between two moves of the targets", low=1)
+    actor_update_freq: int = setting(2, "updates between two of the actor (ddpg)", low=1)
+    init_training_step: int = setting(10_000, "updates before the actor trains (ddpg)", low=0)
+    ips: bool = setting(False, "weight samples by the inverse share of their label (bc, multiweight)")
+    drop_out: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
+    actor_lr: float = setting(1e-3, "of the actor's Adam", low=0)
+    critic_lr: float = setting(1e-3, "of the critics' Adam", low=0)
+    save_dir: str = setting("chkpt/RL", "where agents are saved")
 
 
 def check(one: Field[Any], value: Any) -> None:
@@ -97,5 +138,5 @@ def parse(kind: type[Settings], description: str, arguments: Sequence[str] | Non
             parser.add_argument(*flags, f"--{one.name}", dest=one.name, action="store_true", help=one.metadata["help"])
         else:
             parser.add_argument(*flags, f"--{one.name}", dest=one.name, type=type(one.default), default=one.default,
-                                metavar=type(one.default).__name__.upper(), help=help_text)
+                                metavar=one.name.split("_")[-1].upper(), help=help_text)
     return kind(**vars(parser.parse_args(arguments)))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from dataset.files import UserError, atomic_file, write_json, write_text
-from train.Arguments import SLArguments
+from train.Arguments import RLArguments, SLArguments
 
 # What a model file says of the model besides its weights; a reader whose own differ refuses the file.
 Identity = Mapping[str, Any]
@@ -65,31 +65,47 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def model_identity(settings: SLArguments, fingerprint: str, field_dims: Sequence[int]) -> dict[str, Any]:
+def model_identity(model_name: str, settings: SLArguments | RLArguments, fingerprint: str,
+                   field_dims: Sequence[int]) -> dict[str, Any]:
     """What a model is: two models of the same identity can exchange their weights."""
-    return {"model_name": settings.model_name, "data": fingerprint, "numerical": settings.numerical,
+    return {"model_name": model_name, "data": fingerprint, "numerical": settings.numerical,
             "field_dims": list(field_dims), "task_num": settings.task_num, "embed_dim": settings.embed_dim,
             "expert_num": settings.expert_num}
 
 
 class RunFolder:
-    """Where a run writes: `<save_dir>/<dataset>_<model>/`.
+    """Where a run writes: its books (config.json, metrics.csv, curves.png, state.pt) and, beside them or in the folder
+    above, its best model `<name>.pt`.
 
-    The best model is `<dataset>_<model>_<lambda>.pt` there. The books (config.json, metrics.csv, curves.png, state.pt)
-    of a baseline lie beside it, those of a polish run in a folder of the run's name. `state.pt` is written last:
-    whatever else is there belongs to it, or will be written again by the run that goes on from it.
+    `state.pt` is written last: whatever else is there belongs to it, or will be written again by the run that goes on
+    from it.
     """
 
-    def __init__(self, save_dir: str, dataset_name: str, model_name: str, polish_lambda: float = 0.0,
-                 method: str = "") -> None:
-        self.folder = Path(save_dir) / f"{dataset_name}_{model_name}"
-        self.name = f"{dataset_name}_{model_name}_{polish_lambda}{'_' if method else ''}{method}"
-        self.model = self.folder / f"{self.name}.pt"
-        self.books = self.folder / self.name if polish_lambda or method else self.folder
+    def __init__(self, folder: Path, name: str, books: Path | None = None) -> None:
+        self.folder, self.name, self.books = folder, name, books or folder
+        self.model = folder / f"{name}.pt"
         self.state = self.books / "state.pt"
         self.config = self.books / "config.json"
         self.metrics = self.books / "metrics.csv"
         self.curves = self.books / "curves.png"
+        self.weights = self.books / "weights.png"
+
+    @classmethod
+    def of_model(cls, settings: SLArguments) -> RunFolder:
+        """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
+        folder of its name there."""
+        name = f"{settings.dataset_name}_{settings.model_name}"
+        folder, run = Path(settings.save_dir) / name, f"{name}_{settings.polish_lambda}"
+        if settings.polish_lambda and settings.polish_method != "full":
+            run += f"_{settings.polish_method}"
+        return cls(folder, run, folder / run if settings.polish_lambda else None)
+
+    @classmethod
+    def of_agent(cls, save_dir: str, dataset_name: str, agent: str, actor_name: str) -> RunFolder:
+        """`<save_dir>/res_<agent>_<actor>/`, for data sets other than rt `res_<agent>_<dataset>_<actor>/`."""
+        middle = agent if dataset_name == "rt" else f"{agent}_{dataset_name}"
+        name = f"res_{middle}_{actor_name}"
+        return cls(Path(save_dir) / name, name)
 
     def open(self, settings: Mapping[str, Any], fingerprint: str, resume: bool,
              may_differ: Sequence[str] = ("resume", "device", "epoch")) -> dict[str, Any] | None:

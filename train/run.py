@@ -1,7 +1,7 @@
 """The loops: they are handed models, loaders, environments and agents.
 
 Supervised: `get_dataset`, `get_model`, `sltrain`, `sltest`, `slpred`, and `slfit`, the run from the first epoch to the
-best model.
+best model. The loops of offline RL are in `train.offline` and can be had from here too.
 """
 
 from __future__ import annotations
@@ -19,13 +19,24 @@ from tqdm import tqdm
 
 from dataset.files import UserError
 from dataset.prepare import prepare
-from dataset.rtrl import Batches, Numerical, Splits, load_splits
+from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import Size, simulate
 from slmodels import AITM, build
 from train.Arguments import SLArguments
 from train.checkpoint import RunFolder, save_model, save_tensors
+from train.offline import (
+    one_iter_offline,
+    play,
+    plot_loss,
+    rank_correlation,
+    test,
+    train_and_test_offline,
+)
 from train.plots import plot_panels
 from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed
+
+__all__ = ["evaluate", "get_dataset", "get_model", "one_iter_offline", "play", "plot_loss", "rank_correlation", "slfit",
+           "slpred", "sltest", "sltrain", "test", "train_and_test_offline", "validation_score"]
 
 Predictions = list[NDArray[np.float32]]
 BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, DROPOUT = (512, 256), (128, 64), 0.2
@@ -33,9 +44,11 @@ EVALUATION_BATCH = 16_384  # rows; evaluation keeps no gradients
 
 
 class Polisher(Protocol):
-    """What weights the loss: given a batch and the predictions, a weight for every sample and task (B, T)."""
+    """What weights the loss: given a batch, a weight for every sample and task (B, T)."""
 
-    def weights(self, categorical_x: Tensor, numerical_x: Tensor, predictions: Tensor, labels: Tensor) -> Tensor: ...
+    def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor: ...
+
+    def summary(self, task_names: Sequence[str]) -> dict[str, float]: ...
 
 
 def get_dataset(name: str, path: str, numerical: str = "session") -> Splits:
@@ -97,7 +110,7 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
             predictions = model(categorical_x, numerical_x)
             losses = criterion(predictions, labels)
             if polisher is not None:
-                losses = losses * polisher.weights(categorical_x, numerical_x, predictions, labels)
+                losses = losses * polisher.weights(categorical_x, numerical_x, labels)
             loss = losses.mean()
             if isinstance(model, AITM):
                 loss = loss + model.penalty(predictions)
@@ -138,9 +151,17 @@ def evaluate(model: nn.Module, data_loader: Batches, task_num: int, device: torc
     return [measure(predictions[task], labels[:, task], data_loader.session) for task in range(task_num)]
 
 
+def evaluate_split(model: nn.Module, split: RetailRocketRLDataset, task_num: int,
+                   device: torch.device | str) -> list[Metrics]:
+    """AUC, logloss and s-Logloss of each task on a split."""
+    return evaluate(model, Batches(split, EVALUATION_BATCH, device), task_num, device)
+
+
 def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolder, identity: dict[str, Any],
           device: torch.device, polisher: Polisher | None = None) -> tuple[EarlyStopper, list[Metrics]]:
     """Train until validation no longer improves; return the stopper, which has the best weights, and test metrics.
+
+    With a polisher the run is a fine-tuning: the model's own score, before the first epoch, is the one to beat.
 
     Each epoch ends with a commit to `run`. All that is random in an epoch is a function of (seed, epoch), so that a
     run that was stopped and goes on ends the same. At the end the model has its best weights.
@@ -149,7 +170,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
                                  fused=True)
     stopper = EarlyStopper(settings.patience)
     train = Batches(splits.train, settings.batch_size, device, seed=settings.seed)
-    val, test = (Batches(split, EVALUATION_BATCH, device) for split in (splits.val, splits.test))
+    val = Batches(splits.val, EVALUATION_BATCH, device)
     criterion = nn.BCELoss(reduction="none")
     rows: list[dict[str, Any]] = []
     first, going = 1, True
@@ -162,6 +183,10 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         stopper.load_state_dict(state["stopper"])
         rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}")
+    elif polisher is not None:
+        metrics = evaluate(model, val, settings.task_num, device)
+        stopper.is_continuable(model, validation_score(metrics), 0)
+        rows.append({"split": "val", "epoch": 0, "loss": float("nan"), **_named(splits, metrics)})
     for epoch in range(first, settings.epoch + 1):
         if not going:
             break
@@ -171,6 +196,8 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         metrics = evaluate(model, val, settings.task_num, device)
         going = stopper.is_continuable(model, validation_score(metrics), epoch)
         rows.append({"split": "val", "epoch": epoch, "loss": loss, **_named(splits, metrics)})
+        if polisher is not None:
+            rows[-1] |= polisher.summary(splits.task_names)
         print(f"epoch {epoch}: loss {loss:.4f}, validation AUC "
               + ", ".join(f"{name} {one.auc:.4f}" for name, one in zip(splits.task_names, metrics, strict=False)))
         if stopper.best_epoch == epoch:
@@ -180,9 +207,12 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
                                  "settings": asdict(settings), "fingerprint": splits.fingerprint})
     model.load_state_dict(stopper.best_state)
     save_model(run.model, stopper.best_state, identity)
-    metrics = evaluate(model, test, settings.task_num, device)
+    metrics = evaluate_split(model, splits.test, settings.task_num, device)
     run.write_metrics([*rows, {"split": "test", "epoch": stopper.best_epoch, **_named(splits, metrics)}])
-    plot_panels(run.curves, _curves(splits.task_names, rows), mark=stopper.best_epoch, title=run.name)
+    plot_panels(run.curves, _curves(splits.task_names, rows), [row["epoch"] for row in rows], mark=stopper.best_epoch,
+                title=run.name)
+    if polisher is not None:
+        plot_panels(run.weights, _weight_curves(splits.task_names, rows[1:]), title=f"weights of {run.name}")
     return stopper, metrics
 
 
@@ -204,3 +234,13 @@ def _curves(tasks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, d
         "validation AUC": {name: [row[f"auc_{name}"] for row in rows] for name in tasks},
         "validation logloss": {name: [row[f"logloss_{name}"] for row in rows] for name in tasks},
     }
+
+
+def _weight_curves(tasks: Sequence[str], rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    titles = {"q05": "5 % quantile", "q50": "median", "q95": "95 % quantile"}
+    named = [name for name in tasks if f"weight_q50_{name}" in rows[0]]
+    curves = {f"{name}: weights": {title: [row[f"weight_{key}_{name}"] for row in rows]
+                                   for key, title in titles.items()} for name in named}
+    curves["effective sample size"] = {name: [row[f"weight_ess_{name}"] for row in rows] for name in named}
+    curves["share of weights at 1"] = {name: [row[f"weight_at_1_{name}"] for row in rows] for name in named}
+    return curves

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from dataset.files import UserError, read_json, write_json
-from dataset.rtrl import RetailRocketRLDataset
+from dataset.rtrl import RetailRocketRLDataset, Splits
 
 
 class Catemapper:
@@ -74,6 +75,14 @@ class Catemapper:
         return mapper
 
 
+def map_splits(splits: Splits, threshold: float) -> Catemapper:
+    """Fit a mapping on the training split, and give all three splits their ids."""
+    catemapper = Catemapper(threshold).fit(splits.train, splits.long_tailed)
+    for split in (splits.train, splits.val, splits.test):
+        catemapper.map(split)
+    return catemapper
+
+
 class EarlyStopper:
     """Stop when the validation score has not risen for `num_trials` epochs in a row; keep the best weights.
 
@@ -100,6 +109,91 @@ class EarlyStopper:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+
+
+class ConvergeStopper:
+    """Stop when the loss has changed by less than a share `tolerance` for `num_trials` epochs in a row: converged."""
+
+    def __init__(self, num_trials: int, tolerance: float) -> None:
+        self.num_trials, self.tolerance = num_trials, tolerance
+        self.trial_counter, self.last, self.change = 0, float("inf"), float("inf")
+
+    def is_continuable(self, loss: float) -> bool:
+        """Take the loss of an epoch; return whether to go on."""
+        self.change = abs(loss - self.last) / max(abs(self.last), 1e-12) if np.isfinite(self.last) else float("inf")
+        self.trial_counter = self.trial_counter + 1 if self.change < self.tolerance else 0
+        self.last = loss
+        return self.trial_counter < self.num_trials
+
+
+class ActionNormalizer(gym.wrappers.RescaleAction[Any, Any, Any]):
+    """An environment for agents that act in [-1, 1]: action a becomes 0.5 a + 0.5, once.
+
+    The environment reports the action that it rewarded in `info["action"]`; that one belongs into a replay memory.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any]) -> None:
+        super().__init__(env, np.float32(-1), np.float32(1))
+
+
+class RlLossPolisher:
+    """Weights of the supervised loss from the critics: w_k = 1 - lambda Q_k(s, a_k), (B, T), detached.
+
+    Critics and model answer in eval mode, row by row: the weight of a sample depends on the sample, the critics and
+    the model's present parameters, and on nothing else in the batch, nor on dropout.
+
+    Args:
+        model: the model that is polished; a_k is its prediction.
+        critics: one a task; none are needed for `constant`.
+        polish_lambda: lambda.
+        method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `constant` 1; `shuffled` those of `full`,
+            permuted over the samples of the batch (a control: the same weights on the wrong samples).
+    """
+
+    METHODS = ("full", "label", "constant", "critic", "shuffled")
+
+    def __init__(self, model: nn.Module, critics: Sequence[nn.Module], polish_lambda: float,
+                 method: str = "full") -> None:
+        if method not in self.METHODS:
+            raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
+        self.model, self.polish_lambda, self.method = model, polish_lambda, method
+        self.critics = [critic.eval().requires_grad_(False) for critic in critics]
+        self.seen: list[Tensor] = []
+
+    @torch.no_grad()
+    def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
+        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T)."""
+        if self.method == "constant":
+            w = torch.ones_like(labels)
+        else:
+            was_training = self.model.training
+            action = self.model.eval()(categorical_x, numerical_x)
+            self.model.train(was_training)
+            q = torch.stack([critic(categorical_x, numerical_x, action[:, task:task + 1])
+                             for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
+            if self.method == "label":
+                q = labels * q
+            w = -q if self.method == "critic" else 1 - self.polish_lambda * q
+            if self.method == "shuffled":
+                w = w[torch.randperm(len(w), device=w.device)]
+        self.seen.append(w)
+        return w
+
+    def summary(self, task_names: Sequence[str]) -> dict[str, float]:
+        """Per task: quantiles of the weights since the last call, effective sample size and the share at 1.
+
+        Effective sample size, as a share of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
+        """
+        w = torch.cat(self.seen).double().cpu().numpy()  # (n, T)
+        self.seen = []
+        figures: dict[str, float] = {}
+        for task, name in enumerate(task_names[: w.shape[1]]):
+            column = w[:, task]
+            for share in (0.05, 0.5, 0.95):
+                figures[f"weight_q{100 * share:02.0f}_{name}"] = float(np.quantile(column, share))
+            figures[f"weight_ess_{name}"] = float(column.sum() ** 2 / (len(column) * (column**2).sum()))
+            figures[f"weight_at_1_{name}"] = float((np.abs(column - 1) < 1e-6).mean())
+        return figures
 
 
 class Metrics(NamedTuple):

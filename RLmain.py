@@ -1,0 +1,96 @@
+"""Train critics offline on the logged sessions; their scores weight the loss of a polish run.
+
+    python3 RLmain.py                            # critics of the esmm baseline: chkpt/RL/res_TD3BC_esmm
+    python3 RLmain.py --actor_name=ple
+    python3 RLmain.py --agent=ddpg --init_training_step=1000    # the actor trains too
+    python3 RLmain.py --resume                   # go on where a run was stopped
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from agents import AGENTS, DDPG_ESMM
+from dataset.files import UserError, check_writable, exit_on_user_error
+from dataset.rtrl import Splits
+from dataset.simulate import Size, expected_return
+from env import MTEnv, RewardType
+from train.Arguments import RLArguments, parse
+from train.checkpoint import RunFolder, model_identity
+from train.run import get_dataset, play, rank_correlation, test, train_and_test_offline
+from train.utils import ConvergeStopper, map_splits, pick_device, set_seed
+
+NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the result folders
+
+
+def create_sub_agent(env: MTEnv, actor_name: str, agentcls: type[DDPG_ESMM], hyparams: dict[str, Any]) -> DDPG_ESMM:
+    """Make an agent of a class, with a model of `slmodels` as its actor. Raises UserError without its baseline."""
+    return agentcls(env, actor_name, **hyparams)
+
+
+def main(settings: RLArguments) -> DDPG_ESMM:
+    """One run from the tables and the baseline to critics that have converged. Raises UserError."""
+    device = pick_device(settings.device)
+    run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
+    baseline = Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.actor_name}.pt"
+    if not baseline.exists():
+        raise UserError(f"{baseline}: no such baseline: run this first: python3 SLmain.py "
+                        f"--model_name={settings.actor_name}")
+    check_writable(run.books, Path(settings.memory_path).parent)
+
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    field_dims = map_splits(splits, settings.feature_map_rate).field_dims
+    reward_type = cast(RewardType, settings.reward_type)
+    env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))
+    test_env = MTEnv(splits.test, reward_type, is_test=True)
+
+    set_seed(settings.seed)
+    identity = model_identity(settings.actor_name, settings, splits.fingerprint, field_dims)
+    same_names = ("gamma", "pretrain_path", "dataset_name", "embed_dim", "expert_num", "ou_noise_theta",
+                  "ou_noise_gamma", "memory_size", "actor_reg", "tau", "soft_update_freq", "actor_update_freq",
+                  "init_training_step", "ips", "batch_size", "drop_out", "actor_lr", "critic_lr", "seed")
+    hyparams = {name: getattr(settings, name) for name in same_names}
+    agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
+                             {**hyparams, "identity": identity, "device": device})
+    run.write_config(asdict(settings), splits.manifest, splits.fingerprint)
+    memory = {**identity, "actor": hashlib.sha256(baseline.read_bytes()).hexdigest()[:16],
+              **{name: getattr(settings, name) for name in ("reward_type", "init_episode", "ou_noise_theta",
+                                                            "ou_noise_gamma", "memory_size", "seed")}}
+    rows = train_and_test_offline(
+        val_env, agent, settings.epoch, settings.init_episode, str(run.folder), settings.memory_path, run=run,
+        seed=settings.seed, memory_identity=memory, refill=settings.refill, epoch_updates=settings.epoch_updates,
+        stopper=ConvergeStopper(settings.converge_trials, settings.converge_tolerance), settings=asdict(settings),
+        resume=settings.resume)
+
+    print()
+    report(splits, val_env, agent, rows[-1])
+    test(test_env, agent, str(run.folder))
+    print(f"saved the agent in {run.folder}; curves: {run.curves}")
+    return agent
+
+
+def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any]) -> None:
+    """Print how good the critics are on validation sessions, and what is possible where the truth is known."""
+    truth, played, possible = splits.val.truth, play(val_env, agent), None
+    if truth is not None and val_env.sessions.reward_type == "bce" and agent.task_num == 2:
+        simulation = Size(**{name: splits.manifest["simulation"][name] for name in Size.__dataclass_fields__})
+        possible = expected_return(simulation, truth, played["action"], agent.gamma)
+    for task in range(agent.task_num):
+        line = (f"critic {task + 1} ({splits.task_names[task]}): held-out TD error {last[f'td_error_{task}']:.4f}, "
+                f"rank correlation of Q with the return {last[f'rank_correlation_{task}']:.3f}")
+        if possible is not None:
+            reached = rank_correlation(possible[:, task], played["return"][:, task])
+            line += f" (the true expected return: {reached:.3f})"
+        print(line + f", zero outputs {last[f'zero_share_{task}']:.1%}")
+
+
+@exit_on_user_error
+def _command() -> None:
+    main(parse(RLArguments, __doc__ or ""))
+
+
+if __name__ == "__main__":
+    _command()

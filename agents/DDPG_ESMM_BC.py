@@ -1,0 +1,47 @@
+"""Critics learned offline, in the manner of TD3+BC (Fujimoto & Gu, NeurIPS 2021): what RMTL weights its loss with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
+
+RECORD_FREQ = 50  # updates between two looks at the actor's losses, which train nothing here
+
+
+class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
+    """The actor stays the pretrained one; `update` trains only the critics, and records the actor's losses.
+
+    As in TD3+BC the numeric part of the states is normalised with mean and standard deviation over the whole memory.
+    The critics carry both numbers with them, so that whoever asks them later normalises alike; ids are left alone.
+    """
+
+    def __init__(self, *args: Any, **hyparams: Any) -> None:
+        super().__init__(*args, **hyparams)
+        self.recorded = torch.zeros(()), torch.zeros(())
+
+    def normalise(self) -> None:
+        """Take mean and standard deviation of the numbers from the memory into all critics."""
+        numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, self.fields:])
+        for critic, target, _ in self.critics():
+            for one in (critic, target):
+                one.mean.copy_(numbers.mean(dim=0))
+                one.std.copy_(numbers.std(dim=0) + 1e-3)
+
+    def _target_soft_update(self, tau: float) -> None:
+        """The actor does not move, so only the critics' targets follow."""
+        self._follow([(critic, target) for critic, target, _ in self.critics()], tau)
+
+    def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One update of both critics. Returns their losses, and the actor's two losses as last recorded."""
+        transition = self.process_batch(self.memory.sample_batch())
+        closses = self._update_critics(transition)
+        if self.updates % RECORD_FREQ == 1:
+            with torch.no_grad():
+                self.recorded = self._actor_losses(transition)
+        if self.updates % self.soft_update_freq == 0:
+            self._target_soft_update(self.tau)
+        return closses[0], closses[-1], *self.recorded

@@ -1,0 +1,103 @@
+"""The replay memory: [state, action, next_state, reward, done, label] of what the agent met."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dataset.files import UserError, atomic_file
+
+Floats = NDArray[np.float32]
+Transition = dict[str, Floats]
+VERSION = 1
+REMEDY = "run RLmain.py with --refill to fill a new one"
+
+
+class ReplayBuffer:
+    """A ring of the last `size` transitions.
+
+    Args:
+        state_dim: S, length of a state.
+        action_dim: T, length of an action; rewards and labels are as long.
+        size: how many transitions are kept; the oldest go first.
+        batch_size: B of `sample_batch`.
+        seed: of the sampling; `reseed` gives a new one.
+    """
+
+    def __init__(self, state_dim: int, action_dim: int, size: int, batch_size: int, seed: int = 0) -> None:
+        widths = {"state": state_dim, "action": action_dim, "next_state": state_dim, "reward": action_dim,
+                  "label": action_dim}
+        # One row a transition, so that a batch is one gather; `data` names its columns.
+        self.rows: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
+        ends = np.cumsum(list(widths.values()))
+        self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
+        self.data = self._named(self.rows)
+        self.max_size, self.batch_size = size, batch_size
+        self.next, self.size = 0, 0
+        self.reseed(seed)
+
+    def reseed(self, *seed: int) -> None:
+        """From now on draw as this seed says."""
+        self.rng = np.random.default_rng(list(seed))
+
+    def store(self, state: Floats, action: Floats, next_state: Floats, reward: Floats, done: Any,
+              label: Floats) -> None:
+        """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ..."""
+        given = {"state": state, "action": action, "next_state": next_state, "reward": reward, "label": label}
+        rows = {name: np.atleast_2d(value)[-self.max_size:] for name, value in given.items()}
+        rows["done"] = np.atleast_1d(done)[-self.max_size:]
+        at = (self.next + np.arange(len(rows["done"]))) % self.max_size
+        for name, value in rows.items():
+            self.data[name][at] = value
+        self.next = (self.next + len(at)) % self.max_size
+        self.size = min(self.size + len(at), self.max_size)
+
+    def sample_batch(self) -> Transition:
+        """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly."""
+        index = self.rng.choice(self.size, min(self.batch_size, self.size), replace=False, shuffle=False)
+        return self._named(self.rows[index])
+
+    def _named(self, rows: Floats) -> Transition:
+        return {**{name: rows[:, columns] for name, columns in self.columns.items()}, "done": rows[:, -1]}
+
+    def __len__(self) -> int:
+        return self.size
+
+    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Write `.npz`, with what the memory is: data, reward type, actor, ..."""
+        stored = {name: values[: self.size] for name, values in self.data.items()}
+        text = json.dumps({"version": VERSION, "next": self.next, **identity})
+        with atomic_file(path) as partial, open(partial, "wb") as file:
+            np.savez(file, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
+
+    def load(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """Read what `save` wrote. Raises UserError where it is damaged or of another identity, saying in what."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                saved = json.loads(file["identity"].tobytes())
+                stored = {name: file[name] for name in self.data}
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file: {REMEDY}") from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+            reason = type(error).__name__
+            raise UserError(f"{path}: not a replay memory that can be read ({reason}): {REMEDY}") from error
+        saved = saved if isinstance(saved, dict) else {}
+        for name, value in {"version": VERSION, **identity}.items():
+            if saved.get(name) != value:
+                raise UserError(f"{path}: a memory of another {name.replace('_', ' ')} ({saved.get(name)}, not {value})"
+                                f": {REMEDY}")
+        count = len(stored["done"])
+        for name, values in stored.items():
+            if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():
+                raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {REMEDY}")
+        if not 0 < count <= self.max_size:
+            raise UserError(f"{path}: {count} transitions, but the memory holds 1 to {self.max_size}: {REMEDY}")
+        for name, values in stored.items():
+            self.data[name][:count] = values
+        self.size, self.next = count, int(saved.get("next", 0)) % self.max_size

@@ -1,0 +1,196 @@
+"""The offline MDP: logged sessions as a Gymnasium environment, one session or thousands at once.
+
+    python3 env.py            # shows a few sessions of the prepared data
+
+State s_t: ids and numbers of a session's t-th impression. Action a_t in [0, 1]^T: the predictions. Reward, one a task:
+`bce` y log a + (1 - y) log(1 - a), a clipped to [1e-4, 1 - 1e-4]; `norm` -|a - y|. The next state is the session's
+next impression whatever the action; the last impression terminates the episode.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AutoresetMode
+from numpy.typing import NDArray
+
+from dataset.files import UserError, exit_on_user_error
+from dataset.rtrl import RetailRocketRLDataset, load_splits
+from train.utils import Catemapper
+
+RewardType = Literal["bce", "norm"]
+Floats = NDArray[np.float32]
+CLIP = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
+
+
+def reward_of(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType) -> Floats:
+    """Reward of predictions `action` for `label`, both (..., T), each task by itself: (..., T), never positive."""
+    if reward_type == "norm":
+        return -np.abs(action - label).astype(np.float32)
+    p = np.clip(action, CLIP, 1 - CLIP)
+    return np.where(label > 0, np.log(p), np.log1p(-p)).astype(np.float32)
+
+
+class Sessions:
+    """A mapped data set as states in rows, and where each session begins and ends. The memory of the environments."""
+
+    def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType, is_seq: bool, window: int) -> None:
+        if reward_type not in ("bce", "norm"):
+            raise UserError(f"reward type: unknown '{reward_type}': one of bce, norm")
+        self.field_dims, self.numerical_num = list(dataset.field_dims), dataset.numerical_num
+        self.states: Floats = np.hstack([dataset.categorical, dataset.numerical]).astype(np.float32)  # (n, F + N)
+        self.labels, self.session = dataset.labels, dataset.session
+        self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
+        self.ends = np.append(self.starts[1:], len(self.session)) - 1  # (S,) last row of each session
+        self.first = np.repeat(self.starts, self.ends - self.starts + 1)  # (n,) first row of the row's session
+        self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
+
+        ids = np.array(self.field_dims, np.float32) - 1
+        low = np.concatenate([np.full(len(ids), -1.0 if is_seq else 0.0), np.full(self.numerical_num, -np.inf)])
+        high = np.concatenate([ids, np.full(self.numerical_num, np.inf)])
+        if is_seq:
+            low, high = np.tile(low, (window, 1)), np.tile(high, (window, 1))
+        task_num = self.labels.shape[1]
+        self.observation_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
+        self.action_space = gym.spaces.Box(0.0, 1.0, (task_num,), np.float32)
+        worst = np.float32(np.log(CLIP)) - 1e-3 if reward_type == "bce" else -1.0
+        self.reward_space = gym.spaces.Box(worst, 0.0, (task_num,), np.float32)
+
+    def observe(self, rows: NDArray[np.int64]) -> Floats:
+        """The observations at `rows` (E,): (E, F + N), or with is_seq the last `window` impressions of the session so
+        far (E, window, F + N), the present one last; places before the session's start have ids of -1."""
+        if not self.is_seq:
+            return self.states[rows]
+        at = rows[:, None] - np.arange(self.window - 1, -1, -1)
+        seen = self.states[np.maximum(at, 0)]
+        before = at < self.first[rows][:, None]
+        seen[before] = np.append(np.full(len(self.field_dims), -1.0), np.zeros(self.numerical_num))
+        return seen
+
+
+class MTEnv(gym.Env[Floats, Floats]):
+    """One logged session an episode.
+
+    Args:
+        dataset: a mapped split.
+        reward_type: `bce` or `norm`.
+        is_test: sessions in order of time, again and again; else each reset draws one, from the environment's seed.
+        is_seq: observe the session so far, not the present impression alone.
+        window: with is_seq, how many impressions at the most.
+
+    The reward is a vector of T (MO-Gymnasium's convention, with `reward_space`); `info` has the label and the action
+    that was rewarded, and the session's id.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 -- Gymnasium's own attribute
+
+    def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType = "bce", is_test: bool = False,
+                 is_seq: bool = False, window: int = 10) -> None:
+        self.sessions = Sessions(dataset, reward_type, is_seq, window)
+        self.is_test = is_test
+        self.observation_space = self.sessions.observation_space
+        self.action_space = self.sessions.action_space
+        self.reward_space = self.sessions.reward_space
+        self.episode, self.row = -1, -1
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
+        """Begin a session: `options={"session": k}` the k-th in time, else as `is_test` says."""
+        super().reset(seed=seed)
+        count = len(self.sessions.starts)
+        if options and "session" in options:
+            self.episode = int(options["session"])
+            if not 0 <= self.episode < count:
+                raise ValueError(f"there are sessions 0 to {count - 1}, not {self.episode}")
+        else:
+            self.episode = (self.episode + 1) % count if self.is_test else int(self.np_random.integers(count))
+        self.row = int(self.sessions.starts[self.episode])
+        return self._observe(), {"session": int(self.sessions.session[self.row])}
+
+    def step(self, action: Floats) -> tuple[Floats, Floats, bool, bool, dict[str, Any]]:
+        """Reward the prediction for the present impression and move to the next one.
+
+        At the session's end the last observation is returned again: nothing follows it.
+        """
+        assert self.row >= 0, "call reset first"
+        label = self.sessions.labels[self.row]
+        action = np.asarray(action, np.float32)
+        reward = reward_of(action, label, self.sessions.reward_type)
+        info = {"label": label, "action": action, "session": int(self.sessions.session[self.row])}
+        terminated = self.row == self.sessions.ends[self.episode]
+        self.row += not terminated
+        return self._observe(), reward, bool(terminated), False, info
+
+    def vector(self, num_envs: int, episodes: NDArray[np.int64] | None = None) -> MTVectorEnv:
+        """The same sessions, `num_envs` at once."""
+        return MTVectorEnv(self.sessions, num_envs, episodes)
+
+    def _observe(self) -> Floats:
+        return self.sessions.observe(np.array([self.row]))[0]
+
+
+class MTVectorEnv(gym.vector.VectorEnv):
+    """Many sessions at once, in the order of `episodes` (default: all, in time); a free lane takes the next one.
+
+    After the last session they begin again. `info["episode"]` (E,) counts the sessions handed out, so a pass over the
+    data is the transitions whose count is below `len(episodes)`; `info["final_obs"]` has the observation that ended
+    an episode (`AutoresetMode.SAME_STEP`).
+    """
+
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
+
+    def __init__(self, sessions: Sessions, num_envs: int, episodes: NDArray[np.int64] | None = None) -> None:
+        self.sessions = sessions
+        self.episodes = np.arange(len(sessions.starts)) if episodes is None else episodes
+        self.num_envs = min(num_envs, len(self.episodes))
+        self.single_observation_space, self.single_action_space = sessions.observation_space, sessions.action_space
+        self.observation_space = gym.vector.utils.batch_space(sessions.observation_space, self.num_envs)
+        self.action_space = gym.vector.utils.batch_space(sessions.action_space, self.num_envs)
+        self.reward_space = sessions.reward_space
+
+    def reset(self, *, seed: int | list[int | None] | None = None,
+              options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
+        """Begin the first `num_envs` sessions."""
+        self.episode = np.arange(self.num_envs)
+        self.row = self.sessions.starts[self.episodes[self.episode]]
+        return self.sessions.observe(self.row), {"episode": self.episode.copy()}
+
+    def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """One step of every lane: observations (E, ...), rewards (E, T), terminations and truncations (E,), infos."""
+        rows, episode, ends = self.row, self.episode, self.sessions.ends
+        labels = self.sessions.labels[rows]
+        rewards = reward_of(actions, labels, self.sessions.reward_type)
+        done = rows == ends[self.episodes[episode % len(self.episodes)]]
+        self.row = rows + ~done
+        infos = {"label": labels, "action": actions, "episode": episode, "final_obs": self.sessions.observe(self.row)}
+        self.episode = episode.copy()
+        self.episode[done] = episode.max() + 1 + np.arange(int(done.sum()))
+        self.row[done] = self.sessions.starts[self.episodes[self.episode[done] % len(self.episodes)]]
+        observations = self.sessions.observe(self.row)
+        return observations, rewards, done, np.zeros(self.num_envs, bool), infos
+
+
+@exit_on_user_error
+def _command() -> None:
+    splits = load_splits(Path("dataset/rt"))
+    env = MTEnv(Catemapper(0.2).fit(splits.train, splits.long_tailed).map(splits.train))
+    fields = len(env.sessions.field_dims)
+    print(f"{len(env.sessions.starts):,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
+          f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")
+    action = env.sessions.labels.mean(axis=0)
+    state, info = env.reset(seed=0)
+    for _ in range(3):
+        print(f"\nsession {info['session']}")
+        terminated = False
+        while not terminated:
+            ids, numbers = state[:fields].astype(int).tolist(), " ".join(f"{one:.2f}" for one in state[fields:])
+            state, reward, terminated, _, info = env.step(action)
+            print(f"  ids {ids}  so far {numbers}  click, pay {info['label'].astype(int).tolist()}  reward "
+                  + " ".join(f"{one:.3f}" for one in reward))
+        state, info = env.reset()
+
+
+if __name__ == "__main__":
+    _command()

@@ -1,0 +1,226 @@
+"""The loops of offline RL: filling the replay memory, training the critics, judging them on sessions held out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from agents import DDPG_ESMM
+from agents.DDPG_ESMM_BC import DDPG_ESMM_BC
+from dataset.files import UserError
+from env import MTEnv, reward_of
+from train.checkpoint import RunFolder, save_tensors
+from train.plots import plot_panels
+from train.utils import ConvergeStopper, measure, set_seed
+
+Floats = NDArray[np.float32]
+Policy = Callable[[Floats], Floats]
+LANES = 4096  # sessions stepped at once
+DEAD, REVIVALS = 0.99, 2  # a critic is dead at this share of zero outputs; how often it is revived
+
+
+def one_iter_offline(agent: DDPG_ESMM) -> int:
+    """Let the agent, with its exploration noise, sample the logged data once into its memory; return how many."""
+    return fill(agent, agent.select_action)
+
+
+def fill(agent: DDPG_ESMM, policy: Policy, episodes: NDArray[np.int64] | None = None) -> int:
+    """Step through the sessions `episodes` (default: all) once, and store every transition; return how many."""
+    env = agent.env.vector(LANES, episodes)
+    count, stored = len(env.episodes), 0
+    state, _ = env.reset()
+    with tqdm(total=count, desc="memory", unit=" sessions", leave=False, disable=None) as bar:
+        while env.episode.min() < count:
+            next_state, reward, done, _, info = env.step(policy(state))
+            new = info["episode"] < count  # lanes that found no further session have begun the next pass
+            agent.memory.store(state[new], info["action"][new], info["final_obs"][new], reward[new], done[new],
+                               info["label"][new])
+            state, stored = next_state, stored + int(new.sum())
+            bar.update(int((done & new).sum()))
+    return stored
+
+
+def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, init_episode: int, save_dir: str,
+                           memory_path: str, *, run: RunFolder | None = None, seed: int = 2022,
+                           memory_identity: dict[str, Any] | None = None, refill: bool = False,
+                           epoch_updates: int = 200, stopper: ConvergeStopper | None = None,
+                           settings: dict[str, Any] | None = None,
+                           resume: bool = False) -> list[dict[str, Any]]:
+    """Fill the memory, or read it, and train until the critics converge; return a row of figures an epoch.
+
+    Args:
+        environment: sessions held out, on which the critics are judged after every epoch.
+        agent: learns from the sessions of its own environment.
+        epoch: epochs at the most, of `epoch_updates` updates each.
+        init_episode: sessions of uniform actions, before the pass of the pretrained actor with noise.
+        save_dir: where the agent is saved at the end, and the state to resume from after every epoch.
+        memory_path: the memory is read from there if it is of `memory_identity`, else filled and written there.
+
+    Raises UserError: a memory of another identity, a loss that is no number, a critic that stays dead.
+    """
+    run = run or RunFolder(Path(save_dir), Path(save_dir).name)
+    stopper = stopper or ConvergeStopper(3, 0.02)
+    _prepare_memory(agent, init_episode, Path(memory_path), memory_identity or {}, seed, refill)
+    if isinstance(agent, DDPG_ESMM_BC):
+        agent.normalise()
+    rows: list[dict[str, Any]] = []
+    revived, first, going = 0, 1, True
+    fingerprint = str(agent.identity.get("data"))
+    state = run.open(settings or {}, fingerprint, resume)
+    if state is not None:
+        agent.load_state_dict(state["agent"])
+        vars(stopper).update(state["stopper"])
+        rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
+        print(f"resuming after epoch {state['epoch']}")
+    for number in range(first, epoch + 1):
+        if not going:
+            break
+        set_seed(seed, number)
+        agent.memory.reseed(seed, number)
+        losses = _train_epoch(agent, epoch_updates)
+        figures = judge(environment, agent)
+        rows.append({"epoch": number, **losses, **figures})
+        dead = [task for task in range(agent.task_num) if figures[f"zero_share_{task}"] > DEAD]
+        for task in dead:
+            if revived >= REVIVALS * agent.task_num:
+                raise UserError(f"critic {task + 1} is dead: it gives 0 for {figures[f'zero_share_{task}']:.0%} of the "
+                                "held-out states, and reviving did not help: try a smaller --critic_lr")
+            print(f"critic {task + 1} is dead (0 for {figures[f'zero_share_{task}']:.0%} of the states): revived")
+            critic, target, _ = agent.critics()[task]
+            critic.revive()
+            target.revive()
+            revived += 1
+        going = stopper.is_continuable(losses["critic_loss"]) or bool(dead)
+        td, rank = ([figures[f"{name}_{task}"] for task in range(agent.task_num)]
+                    for name in ("td_error", "rank_correlation"))
+        print(f"epoch {number}: critic loss {losses['critic_loss']:.4f}; held-out TD error "
+              + ", ".join(f"{one:.4f}" for one in td) + "; rank correlation " + ", ".join(f"{one:.3f}" for one in rank))
+        save_tensors(run.state, {"epoch": number, "going": going, "agent": agent.state_dict(), "metrics": rows,
+                                 "stopper": dict(vars(stopper)), "revived": revived, "settings": settings or {},
+                                 "fingerprint": fingerprint})
+    print(f"converged in epoch {rows[-1]['epoch']}: the critic loss changed by less than {stopper.tolerance:.1%} for "
+          f"{stopper.num_trials} epochs" if not going else
+          f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch); last change of the critic loss "
+          f"{stopper.change:.1%}")
+    agent.save_or_load_agent(save_dir, if_save=True)
+    run.write_metrics(rows)
+    plot_loss(rows, run.curves)
+    return rows
+
+
+def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, identity: dict[str, Any], seed: int,
+                    refill: bool) -> None:
+    if path.exists() and not refill:
+        agent.memory.load(path, identity)
+        print(f"{path}: {len(agent.memory):,} transitions")
+        return
+    rng = np.random.default_rng([seed, 0])
+    count = len(agent.env.sessions.starts)
+    chosen = np.resize(rng.permutation(count), init_episode)
+    if init_episode:
+        fill(agent, lambda state: rng.random((len(state), agent.task_num), np.float32), chosen)
+    one_iter_offline(agent)
+    agent.memory.save(path, identity)
+    print(f"{path}: filled with {len(agent.memory):,} transitions: {init_episode:,} sessions of uniform actions, and "
+          f"all {count:,} of the pretrained actor with noise")
+
+
+def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
+    sums = torch.zeros(4, device=agent.device)
+    with tqdm(range(1, updates + 1), "critics", unit="update", leave=False, disable=None) as bar:
+        for step in bar:
+            sums += torch.stack(agent.update())
+            if step % 50 == 0 or step == updates:
+                bar.set_postfix(critic_loss=f"{float(sums[0] + sums[1]) / step:.4f}")
+    closs1, closs2, aloss, aloss_reg = (sums / updates).tolist()
+    for name, value in (("critic1", closs1), ("critic2", closs2), ("actor", aloss)):
+        if not np.isfinite(value):
+            raise UserError(f"the loss of {name} is {value} after {agent.updates} updates: try a smaller --critic_lr")
+    return {"critic_loss": closs1 + closs2, "closs1": closs1, "closs2": closs2, "aloss": aloss, "aloss_reg": aloss_reg}
+
+
+def discounted_returns(rewards: Floats, starts: NDArray[np.int64], ends: NDArray[np.int64],
+                       gamma: float) -> NDArray[np.float64]:
+    """G_t = r_t + gamma G_{t+1} inside each session, rows `starts[k]` to `ends[k]`; rewards (n, T) -> (n, T)."""
+    returns = rewards.astype(np.float64)
+    at = ends - 1
+    while (inside := at >= starts).any():
+        rows = at[inside]
+        returns[rows] += gamma * returns[rows + 1]
+        at = at - 1
+    return returns
+
+
+@torch.no_grad()
+def play(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
+    """The actor, without noise, in all sessions of an environment: actions, rewards, returns and Q, each (n, T)."""
+    sessions = environment.sessions
+    parts = np.array_split(sessions.states, max(1, len(sessions.states) // 16_384))
+    actions = np.concatenate([agent.select_action(part, noise=False) for part in parts])
+    values = []
+    for part, taken in zip(parts, np.array_split(actions, len(parts)), strict=True):
+        ids = torch.from_numpy(part[:, : agent.fields]).long().to(agent.device)
+        numbers, action = torch.from_numpy(part[:, agent.fields:]).to(agent.device), torch.from_numpy(taken)
+        values.append(torch.stack([critic.eval()(ids, numbers, action[:, task:task + 1].to(agent.device))
+                                   for task, (critic, _, _) in enumerate(agent.critics())], dim=1).cpu().numpy())
+    rewards = reward_of(actions, sessions.labels, sessions.reward_type)
+    returns = discounted_returns(rewards, sessions.starts, sessions.ends, agent.gamma)
+    return {"action": actions, "reward": rewards, "return": returns, "q": np.concatenate(values)}
+
+
+def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
+    """Per task, on sessions held out: TD error (mean square), rank correlation (Spearman) of Q with the observed
+    discounted return, the share of zero outputs; and the score, the mean undiscounted return of a session."""
+    played, sessions = play(environment, agent), environment.sessions
+    next_q = np.append(played["q"][1:], played["q"][:1], axis=0)
+    next_q[sessions.ends] = 0.0  # nothing is expected past a session's end
+    td = played["reward"] + agent.gamma * next_q - played["q"]
+    figures = {"score": float(played["reward"].sum() / len(sessions.starts))}
+    for task in range(agent.task_num):
+        q = played["q"][:, task]
+        figures[f"td_error_{task}"] = float((td[:, task] ** 2).mean())
+        figures[f"rank_correlation_{task}"] = rank_correlation(q, played["return"][:, task])
+        figures[f"zero_share_{task}"] = float((q == 0).mean())
+    return figures
+
+
+def rank_correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Spearman's rank correlation; 0 where one side is constant."""
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return 0.0
+    return float(spearmanr(one, other).statistic)
+
+
+def test(environment: MTEnv, agent: DDPG_ESMM, save_dir: str) -> dict[str, float]:
+    """Read the agent saved in `save_dir` and play the test sessions with its actor; print and return its figures."""
+    agent.save_or_load_agent(save_dir, if_save=False)
+    played, sessions = play(environment, agent), environment.sessions
+    figures: dict[str, float] = {"score": float(played["reward"].sum() / len(sessions.starts))}
+    for task in range(agent.task_num):
+        metrics = measure(played["action"][:, task], sessions.labels[:, task], sessions.session)
+        figures |= {f"auc_{task}": metrics.auc, f"logloss_{task}": metrics.logloss}
+        print(f"test: actor, task {task}, AUC {metrics.auc:.4f}, Log-loss {metrics.logloss:.4f}")
+    print(f"test: score {figures['score']:.4f}, the mean return of a session")
+    return figures
+
+
+def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw score, critic losses, actor loss and regularised actor loss over the epochs (PNG, no display)."""
+    def curve(*names: str) -> dict[str, list[float]]:
+        return {name: [row[name] for row in rows] for name in names}
+
+    tasks = sorted(name for name in rows[0] if name.startswith("rank_correlation"))
+    plot_panels(path, {
+        "score (held-out return of a session)": curve("score"),
+        "critic loss": curve("closs1", "closs2"),
+        "actor loss": {"actor": [row["aloss"] for row in rows],
+                       "with regulariser": [row["aloss"] + row["aloss_reg"] for row in rows]},
+        "rank correlation of Q with the return": curve(*tasks),
+    })
