@@ -62,9 +62,9 @@ class RetailRocketRLDataset:
                  numerical: Numerical = "session", truth: pd.DataFrame | None = None) -> None:
         order = _session_order(table)
         table = table.iloc[order]
-        self.session: Ids = table["sessionid"].to_numpy()
-        self.timestamp: Ids = table["timestamp"].to_numpy()
-        self.labels: Floats = table[label_names].to_numpy(np.float32)
+        self.session: Ids = table["sessionid"].to_numpy(copy=True)
+        self.timestamp: Ids = table["timestamp"].to_numpy(copy=True)
+        self.labels: Floats = table[label_names].to_numpy(np.float32, copy=True)
         self.truth = None if truth is None else truth.iloc[order].reset_index(drop=True)
         at = pd.Index(items["itemid"]).get_indexer(pd.Index(table["itemid"]))  # -1: an item without properties
         self.fields = {name: _field(items[name].to_numpy(), at) for name in field_names}

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron, dropout, linear
+from layers.kernels import relu_dropout
+from layers.layers import FieldInput, MultiLayerPerceptron, linear
 
 
 class Critic(nn.Module):
@@ -43,7 +44,7 @@ class Critic(nn.Module):
         of_state, of_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
         h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), of_state, self.first.bias)
         h = h + F.linear(self.action(action), of_action)
-        h = dropout(F.relu(h), self.dropout, self.training)  # (B, H)
+        h = relu_dropout(h, self.dropout, self.training)  # (B, H)
         if len(self.bottom.hidden):
             h = self.bottom(h)
         return self.tower(h).squeeze(1)

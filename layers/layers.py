@@ -1,7 +1,7 @@
 """Embeddings, perceptrons, expert banks and gates. B rows, F fields of D numbers each, N numeric features.
 
-The one trick lives in `Fields.linear`: the first layer of a network over concatenated embeddings, without writing the
-concatenation out. Whoever takes an `Input` calls `linear(x, weight, bias)` and need not know.
+The first layer of a network over concatenated embeddings is computed without writing the concatenation out; whoever
+takes an `Input` calls `linear(x, weight, bias)` and need not know.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from layers.kernels import FieldLinear, Gather, Mixture, relu_dropout
 
 
 class EmbeddingLayer(nn.Module):
@@ -53,6 +54,7 @@ class Fields:
 
     def __init__(self, source: FieldInput, categorical_x: Tensor, numerical_x: Tensor) -> None:
         self.source, self.categorical_x, self.numerical_x = source, categorical_x, numerical_x
+        self._gather: Gather | None = None
 
     def concat(self) -> Tensor:
         """Write it out: (B, (F + 1) D)."""
@@ -62,20 +64,17 @@ class Fields:
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return W concat + b, W (H, (F + 1) D) -> (B, H).
 
-        W concat(e_1, ..., e_F) = sum_f W_f e_f[x_f]: the product of each field's whole table with its block of W,
-        E_f W_f^T, costs (rows of the tables) D H once a batch instead of B F D H, and leaves a sum of F gathered rows
-        for each sample. The numbers' block is W_n (A n + c) = (W_n A) n + W_n c. Exact up to rounding. Where the
-        tables have more rows than the batch has ids, the plain product is cheaper and is taken.
+        By `kernels.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
+        cheaper.
         """
         embedding, numerical = self.source.embedding, self.source.numerical
-        table = embedding.embedding.weight  # (sum of field_dims, D)
+        table = embedding.embedding.weight  # (V, D), all fields
         if len(table) > self.categorical_x.numel():
             return F.linear(self.concat(), weight, bias)
-        *blocks, last = weight.split(numerical.out_features, dim=1)  # F + 1 blocks (H, D)
-        products = [part @ block.T for part, block in zip(table.split(embedding.field_dims), blocks, strict=True)]
-        ids = self.categorical_x + embedding.offsets
-        summed = F.embedding_bag(ids, torch.cat(products), mode="sum")  # (B, H)
-        return summed + F.linear(self.numerical_x, last @ numerical.weight, bias + last @ numerical.bias)
+        if self._gather is None:
+            self._gather = Gather(self.categorical_x + embedding.offsets, len(table))
+        return FieldLinear.apply(self._gather, embedding.field_dims, self.numerical_x, table, numerical.weight,
+                                 numerical.bias, weight, bias)
 
 
 Input = Tensor | Fields
@@ -84,22 +83,6 @@ Input = Tensor | Fields
 def linear(x: Input, weight: Tensor, bias: Tensor) -> Tensor:
     """W x + b, for a tensor or for fields."""
     return x.linear(weight, bias) if isinstance(x, Fields) else F.linear(x, weight, bias)
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Drop each number with probability p and scale the others by 1 / (1 - p): as `F.dropout`, several times faster.
-
-    On a CPU torch draws its masks one number after the other, a quarter of a training step. Here one torch number
-    seeds SFC64, which fills 16 bits a number; p is rounded to a multiple of 2^-16.
-    """
-    if not training or p == 0.0:
-        return x
-    if x.device.type != "cpu":
-        return F.dropout(x, p)
-    dropped = round(p * 65536)
-    seed = int(torch.randint(2**62, ()))
-    bits = np.random.Generator(np.random.SFC64(seed)).integers(-32768, 32768, x.shape, np.int16)
-    return x * (torch.from_numpy(bits) >= dropped - 32768) * (65536 / (65536 - dropped))
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -116,7 +99,7 @@ class MultiLayerPerceptron(nn.Module):
         """Take (B, input_dim); return (B, 1), or (B, embed_dims[-1]) without an output layer."""
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
-            x = dropout(F.relu(linear(x, layer.weight, layer.bias)), self.dropout, self.training)
+            x = relu_dropout(linear(x, layer.weight, layer.bias), self.dropout, self.training)
         if self.output is not None:
             return linear(x, self.output.weight, self.output.bias)
         assert isinstance(x, Tensor)  # at least one hidden layer
@@ -149,7 +132,7 @@ class Experts(nn.Module):
         return h.transpose(0, 1)
 
     def _activate(self, h: Tensor) -> Tensor:
-        return dropout(F.relu(h), self.dropout, self.training)
+        return relu_dropout(h, self.dropout, self.training)
 
 
 class Gate(nn.Module):
@@ -163,6 +146,8 @@ class Gate(nn.Module):
         return F.softmax(linear(x, self.layer.weight, self.layer.bias), dim=1)
 
 
-def mixture(gate: Tensor, experts: Tensor) -> Tensor:
-    """sum_e g_e h_e: gates (B, E) and expert outputs (B, E, H) -> (B, H)."""
-    return torch.bmm(gate.unsqueeze(1), experts).squeeze(1)
+def mixture(gate: Tensor, *banks: Tensor) -> Tensor:
+    """sum_e g_e h_e: gates (B, E) over the experts of all banks (B, E_1, H), (B, E_2, H), ... -> (B, H)."""
+    parts = gate.split([bank.shape[1] for bank in banks], dim=1)
+    mixed = [Mixture.apply(part, bank) for part, bank in zip(parts, banks, strict=True)]
+    return torch.stack(mixed).sum(dim=0) if len(mixed) > 1 else mixed[0]

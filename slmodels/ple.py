@@ -32,11 +32,11 @@ class Extraction(nn.Module):
         """Take T inputs and the shared one, each (B, input_dim); return as many outputs (B, output_dim)."""
         own = [experts(x) for experts, x in zip(self.specific, tasks, strict=True)]  # (B, E, H) each
         common = self.shared(shared)  # (B, E', H)
-        of_tasks = [mixture(gate(x), torch.cat([mine, common], dim=1))
+        of_tasks = [mixture(gate(x), mine, common)
                     for gate, x, mine in zip(self.task_gates, tasks, own, strict=True)]
         if self.shared_gate is None:
             return of_tasks, None
-        return of_tasks, mixture(self.shared_gate(shared), torch.cat([*own, common], dim=1))
+        return of_tasks, mixture(self.shared_gate(shared), *own, common)
 
 
 class PLE(nn.Module):

@@ -73,7 +73,7 @@ class SLArguments(ModelArguments, DataArguments):
     polish_method: str = setting(
         "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, or a control: constant "
         "1, shuffled those of full on the wrong samples", choices=RlLossPolisher.METHODS)
-    critic_from: str = setting("", "the model whose critics weight the loss (default: its own, else any that there are)")
+    critic_from: str = setting("", "the model whose critics weight the loss (default its own, else any others)")
     critic_dir: str = setting("chkpt/RL", "where RLmain.py writes critics")
 
 
