@@ -8,6 +8,8 @@ PY := .venv/bin/python
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
+	$(PY) RLmain.py
+	$(PY) SLmain.py --model_name=ple --polish=1
 
 test: lint
 	$(PY) -m pytest

@@ -37,11 +37,10 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
     baseline = Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.actor_name}.pt"
     if not baseline.exists():
-        raise UserError(f"{baseline}: no such baseline: run this first: python3 SLmain.py "
-                        f"--model_name={settings.actor_name}")
-    check_writable(run.books, Path(settings.memory_path).parent)
-
+        raise UserError(f"{baseline}: no such baseline: run this first: "
+                        + settings.command("SLmain.py", "model_name", settings.actor_name))
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    check_writable(run.books, Path(settings.memory_path).parent)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
     reward_type = cast(RewardType, settings.reward_type)
     env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))

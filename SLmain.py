@@ -18,7 +18,7 @@ from dataset.files import check_writable, exit_on_user_error
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
 from train.checkpoint import RunFolder, load_model, model_identity, save_model
-from train.polish import make_polisher, summary
+from train.polish import find_critics, make_polisher, summary
 from train.run import evaluate_split, get_dataset, get_model, slfit
 from train.utils import Metrics, map_splits, measure, pick_device, set_seed
 
@@ -38,6 +38,8 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
         device=device, save_dir=save_dir, **more)
     if not settings.polish_lambda:
         return train_baseline(settings)
+    if settings.polish_method != "constant":
+        find_critics(settings)  # better refused now than after the baseline's training
     if not baseline_path(settings).exists():
         print(f"{baseline_path(settings)}: no baseline of {model_name} yet: it is trained first\n")
         train_baseline(replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
@@ -48,8 +50,8 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
 def train_baseline(settings: SLArguments) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
     device, run, baseline = pick_device(settings.device), RunFolder.of_model(settings), baseline_path(settings)
-    check_writable(run.books, baseline.parent)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    check_writable(run.books, baseline.parent)
     catemapper = map_splits(splits, settings.feature_map_rate)
     catemapper.save(run.books / "catemapper.json")
 
@@ -68,15 +70,15 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
 def polish(settings: SLArguments) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
     device, run = pick_device(settings.device), RunFolder.of_model(settings)
-    check_writable(run.books)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    check_writable(run.books)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
 
     model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
                       settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
-    load_model(baseline_path(settings), model, identity, "train the baseline again, with the same settings: python3 "
-               f"SLmain.py --model_name={settings.model_name}")
+    load_model(baseline_path(settings), model, identity, "train the baseline again, with the same settings: "
+               + settings.command("SLmain.py", "model_name", settings.model_name))
     before = evaluate_split(model, splits.test, settings.task_num, device)
     polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
     stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)

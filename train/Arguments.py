@@ -54,6 +54,11 @@ class DataArguments:
     seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on where a run with the same settings was stopped")
 
+    def command(self, program: str, name: str, value: str) -> str:
+        """The command that makes what is missing: `python3 <program> --<name>=<value>`, for the same data set."""
+        return f"python3 {program} --{name}={value}" + (
+            "" if self.dataset_name == "rt" else f" --dataset_name={self.dataset_name}")
+
 
 @dataclass(kw_only=True)
 class SLArguments(ModelArguments, DataArguments):
@@ -127,10 +132,11 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
     """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for one in fields(kind):
         assert one.default is not MISSING
-        help_text = one.metadata["help"].replace("%", "%%") + f" (default {one.default})"
+        help_text = one.metadata["help"].replace("%", "%%") + (f" (default {one.default})" if one.default != "" else "")
         if one.metadata["choices"]:
             help_text += "; one of " + ", ".join(one.metadata["choices"])
         flags = [one.metadata["flag"]] if one.metadata["flag"] else []

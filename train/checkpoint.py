@@ -22,9 +22,9 @@ Identity = Mapping[str, Any]
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, texts, lists and dictionaries of them, atomically."""
-    with atomic_file(path) as partial:
-        torch.save(dict(value), partial)
+    """Write tensors, numbers, texts, lists and dictionaries of them, atomically; the same value, the same bytes."""
+    with atomic_file(path) as partial, open(partial, "wb") as file:  # given a path, torch writes its name into the file
+        torch.save(dict(value), file)
 
 
 def load_tensors(path: Path, remedy: str) -> dict[str, Any]:

@@ -28,12 +28,15 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
     if settings.polish_method == "constant":
         print("control: every weight is 1, no critic is asked")
         return RlLossPolisher(model, [], settings.polish_lambda, "constant")
-    folder = find_critics(settings)
+    folder, owner = find_critics(settings)
+    print(f"critics of {owner} weight the loss of {settings.model_name}, from {folder}"
+          + ("" if owner == settings.model_name else " (transfer); for critics of its own: "
+             + settings.command("RLmain.py", "actor_name", settings.model_name)))
     same = {name: identity[name] for name in ("data", "numerical", "field_dims")}
     critics: list[nn.Module] = []
     for name in CRITICS[: settings.task_num]:
         path = folder / f"{name}.pth"
-        remedy = "train critics for this data: python3 RLmain.py"
+        remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
         embed_dim = load_tensors(path, remedy).get("embed_dim")
         embed_dim = embed_dim if isinstance(embed_dim, int) else 1
         critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, *WIDTHS)
@@ -42,8 +45,9 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method)
 
 
-def find_critics(settings: SLArguments) -> Path:
-    """The folder of the critics of `--critic_from`, else of this model, else of the first model that has some."""
+def find_critics(settings: SLArguments) -> tuple[Path, str]:
+    """The folder of the critics of `--critic_from`, else of this model, else of the first model that has some; and
+    whose they are. Raises UserError, naming the command that makes them, where there are none."""
     def folder(name: str) -> Path:
         return RunFolder.of_agent(settings.critic_dir, settings.dataset_name, "TD3BC", name).folder
 
@@ -52,14 +56,9 @@ def find_critics(settings: SLArguments) -> Path:
     wanted = [settings.critic_from] if settings.critic_from else [settings.model_name, "esmm", *MODELS]
     for name in wanted:
         if all((folder(name) / f"{critic}.pth").exists() for critic in CRITICS):
-            if name != settings.model_name:
-                print(f"critics of {name} weight the loss of {settings.model_name} (transfer), from {folder(name)}; "
-                      f"for critics of its own: python3 RLmain.py --actor_name={settings.model_name}")
-            else:
-                print(f"critics of {name} weight its loss, from {folder(name)}")
-            return folder(name)
-    raise UserError(f"{folder(wanted[0])}: no critics there: train them first: python3 RLmain.py"
-                    + (f" --actor_name={wanted[0]}" if wanted[0] != "esmm" else ""))
+            return folder(name), name
+    raise UserError(f"{folder(wanted[0])}: no critics there: train them first: "
+                    + settings.command("RLmain.py", "actor_name", settings.critic_from or "esmm"))
 
 
 def summary(settings: SLArguments, fingerprint: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
