@@ -128,16 +128,20 @@ class DDPG_ESMM:
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
     def get_aloss(self, transition: Tensors) -> tuple[Tensor, Tensor]:
-        """The actor's two losses: -lambda mean(Q_1 + Q_2) with lambda = 1 / mean|Q| (TD3+BC), and the pull to the
-        pretrained actor, actor_reg mean (a - a_pretrained)^2."""
+        """The actor's two losses: -lambda mean(Q_1 + Q_2), and the pull to the pretrained actor, actor_reg
+        mean (a - a_pretrained)^2. lambda = 1 / mean|Q(s, a)| over the batch's own actions (TD3+BC, equation (5))."""
         state = transition["categorical_x"], transition["numerical_x"]
         action = self.actor(*state)
-        q = torch.stack([critic(*state, action[:, task:task + 1])
-                         for task, (critic, _, _) in enumerate(self.critics())])  # (T, B)
-        scale = 1.0 / q.abs().mean().detach().clamp(min=1e-6)
+        q = self._values(state, action)
         with torch.no_grad():
+            scale = 1.0 / self._values(state, transition["action"]).abs().mean().clamp(min=1e-6)
             pretrained = self.pretrain_actor(*state)
         return -scale * q.sum(dim=0).mean(), self.actor_reg * F.mse_loss(action, pretrained)
+
+    def _values(self, state: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
+        """Q of each task's action (T, B)."""
+        return torch.stack([critic(*state, action[:, task:task + 1])
+                            for task, (critic, _, _) in enumerate(self.critics())])
 
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One DDPG update: both critics, then, after init_training_step, the actor. Returns the losses of critic 1 and

@@ -213,14 +213,14 @@ def test(environment: MTEnv, agent: DDPG_ESMM, save_dir: str) -> dict[str, float
 
 def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw score, critic losses, actor loss and regularised actor loss over the epochs (PNG, no display)."""
-    def curve(*names: str) -> dict[str, list[float]]:
-        return {name: [row[name] for row in rows] for name in names}
+    def curve(name: str) -> list[float]:
+        return [row[name] for row in rows]
 
-    tasks = sorted(name for name in rows[0] if name.startswith("rank_correlation"))
+    ranks = sorted(name for name in rows[0] if name.startswith("rank_correlation"))
     plot_panels(path, {
-        "score (held-out return of a session)": curve("score"),
-        "critic loss": curve("closs1", "closs2"),
-        "actor loss": {"actor": [row["aloss"] for row in rows],
+        "score (held-out return of a session)": {"score": curve("score")},
+        "critic loss": {f"critic {number}": curve(f"closs{number}") for number in range(1, len(ranks) + 1)},
+        "actor loss": {"actor": curve("aloss"),
                        "with regulariser": [row["aloss"] + row["aloss_reg"] for row in rows]},
-        "rank correlation of Q with the return": curve(*tasks),
+        "rank correlation of Q with the return": {f"critic {int(name[-1]) + 1}": curve(name) for name in ranks},
     })

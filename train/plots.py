@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dataset.files import atomic_file
 
@@ -32,6 +33,7 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
             axis.axvline(mark, color="grey", linestyle=":", linewidth=1)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(xlabel)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         if len(curves) > 1:
