@@ -108,7 +108,7 @@ class RunFolder:
         return cls(Path(save_dir) / name, name)
 
     def open(self, settings: Mapping[str, Any], fingerprint: str, resume: bool,
-             may_differ: Sequence[str] = ("resume", "device", "epoch")) -> dict[str, Any] | None:
+             may_differ: Sequence[str] = ("resume", "device", "epoch", "refill")) -> dict[str, Any] | None:
         """Begin: return the state to go on from, or None. Raises UserError if it belongs to other settings or data.
 
         Without `resume` the state of an earlier run is set aside as `state.previous.pt`.
