@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
 def load_tensors(path: Path, remedy: str) -> dict[str, Any]:
     """Read what `save_tensors` wrote; nothing that is read can run code. Raises UserError, which ends in `remedy`."""
     try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns about is refused below, in one line
+            value = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file: {remedy}") from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
