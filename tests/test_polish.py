@@ -1,0 +1,276 @@
+"""The critics' weights on the loss, and the polish run of SLmain with its controls."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import complaint
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import SLmain
+from dataset.files import UserError
+from dataset.rtrl import load_splits
+from layers import ESMM, CriticNeg
+from train.checkpoint import save_model
+from train.polish import WIDTHS
+from train.utils import RlLossPolisher, map_splits
+
+
+class Actor(nn.Module):
+    """Predictions 0.2 and 0.1 times the first number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([0.2, 0.1]))
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
+        return self.scale * numerical_x[:, :1]
+
+
+class Judge(nn.Module):
+    """Q = -(base + action), in closed form."""
+
+    def __init__(self, base: float) -> None:
+        super().__init__()
+        self.base = nn.Parameter(torch.tensor(base))
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+        return -(self.base + action[:, 0])
+
+
+BATCH = torch.zeros(3, 2, dtype=torch.int64), torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[0.0, 0], [1, 0],
+                                                                                                  [1, 1]])
+Q = torch.tensor([[-1.2, -2.1], [-1.4, -2.2], [-1.6, -2.3]])
+
+
+@pytest.mark.parametrize(("method", "expected"), [
+    ("full", 1 - 0.5 * Q),
+    ("label", 1 - 0.5 * BATCH[2] * Q),
+    ("critic", -Q),
+    ("constant", torch.ones(3, 2)),
+])
+def test_weights_by_their_closed_form(method: str, expected: Tensor) -> None:
+    polisher = RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], 0.5, method)
+    torch.testing.assert_close(polisher.weights(*BATCH), expected)
+
+
+def test_shuffled_weights_are_a_permutation_of_the_full_ones() -> None:
+    """Of whole samples: both tasks' weights of one sample stay together."""
+    model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.2)
+    critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(2)]
+    batch = torch.randint(5, (50, 2)), torch.randn(50, 1), torch.zeros(50, 2)
+    full = RlLossPolisher(model, critics, 1.0).weights(*batch)
+    shuffled = RlLossPolisher(model, critics, 1.0, "shuffled").weights(*batch)
+    assert not torch.equal(full, shuffled)
+    assert sorted(map(tuple, full.tolist())) == sorted(map(tuple, shuffled.tolist()))
+
+
+def test_constant_needs_no_critics_and_an_unknown_method_is_refused() -> None:
+    assert torch.equal(RlLossPolisher(Actor(), [], 1.0, "constant").weights(*BATCH), torch.ones(3, 2))
+    with pytest.raises(ValueError, match="full, label"):
+        RlLossPolisher(Actor(), [], 1.0, "half")
+
+
+@given(dropout=st.sampled_from([0.0, 0.2, 0.9]), seed=st.integers(0, 99), size=st.integers(1, 40),
+       method=st.sampled_from(["full", "label", "critic"]), train_mode=st.booleans())
+def test_a_samples_weight_depends_on_the_sample_alone(dropout: float, seed: int, size: int, method: str,
+                                                      train_mode: bool) -> None:
+    """Not on dropout, nor on which rows share its batch, nor on their order, nor on the mode things were left in."""
+    torch.manual_seed(1)
+    rows = torch.randint(5, (40, 2)), torch.randn(40, 1), torch.randint(2, (40, 2)).float()
+
+    def polisher(dropout: float) -> RlLossPolisher:
+        torch.manual_seed(2)
+        model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, dropout).train(train_mode)
+        critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4), dropout).train(train_mode) for _ in range(2)]
+        return RlLossPolisher(model, critics, 0.7, method)
+
+    expected = polisher(0.0).weights(*rows)
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(40)[:size].copy())
+    torch.manual_seed(seed)
+    asked = polisher(dropout)
+    torch.testing.assert_close(asked.weights(*(one[order] for one in rows)), expected[order], rtol=1e-5, atol=1e-6)
+    assert asked.model.training == train_mode
+    assert not any(critic.training for critic in asked.critics)
+    assert float(expected.std()) > 0
+
+
+def test_the_weights_are_numbers_to_the_gradient() -> None:
+    """Each sample's loss counts with its weight; no gradient passes through the weight, nor reaches a critic."""
+    model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.0)
+    critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(2)]
+    batch = torch.randint(5, (6, 2)), torch.randn(6, 1), torch.randint(2, (6, 2)).float()
+    w = RlLossPolisher(model, critics, 1.0).weights(*batch)
+    assert not w.requires_grad
+    losses = nn.BCELoss(reduction="none")(model(*batch[:2]), batch[2])
+    parameters = list(model.parameters())
+    got = torch.autograd.grad((losses * w).mean(), parameters, retain_graph=True)
+    expected = [torch.zeros_like(one) for one in parameters]
+    for row in range(6):
+        for task in range(2):
+            for total, one in zip(expected, torch.autograd.grad(losses[row, task], parameters, retain_graph=True,
+                                                                allow_unused=True), strict=True):
+                total += 0 if one is None else float(w[row, task]) * one / 12
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert all(one.grad is None and not one.requires_grad for critic in critics for one in critic.parameters())
+
+
+def test_the_summary_by_hand() -> None:
+    polisher = RlLossPolisher(Actor(), [], 1.0, "constant")
+    for part in ([[1.0, 1], [1, 2]], [[1, 3], [1, 4], [1, 1]]):
+        polisher.seen.append(torch.tensor(part))
+    figures = polisher.summary(["CTR", "CTCVR"])
+    assert figures["weight_ess_CTR"] == figures["weight_at_1_CTR"] == 1
+    assert [figures[f"weight_q{q}_CTR"] for q in ("05", "50", "95")] == [1, 1, 1]
+    assert figures["weight_ess_CTCVR"] == pytest.approx(11**2 / (5 * (1 + 4 + 9 + 16 + 1)))
+    assert figures["weight_at_1_CTCVR"] == pytest.approx(0.4)
+    assert [figures[f"weight_q{q}_CTCVR"] for q in ("05", "50", "95")] == pytest.approx([1, 2, 3.8])
+    polisher.weights(*BATCH)
+    assert polisher.summary(["CTR", "CTCVR"])["weight_ess_CTCVR"] == 1, "only what came since the last call"
+
+
+# ------------------------------------------------------------------------------------------------------- the program
+
+TINY: dict[str, Any] = {"embed_dim": 8, "expert_num": 2, "epoch": 1, "device": "cpu"}
+
+
+def polished(**settings: Any) -> Any:
+    """A polish run in the working folder."""
+    return SLmain.main(**{**TINY, "model_name": "esmm", "polish_lambda": 1.0, **settings})
+
+
+@pytest.fixture
+def shop(tables: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the simulated tables."""
+    folder = tables.parent.parent
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def make_critics(model: str = "esmm", **changed: Any) -> None:
+    """Fresh critics of this data where RLmain.py writes them."""
+    splits = load_splits(Path("dataset/rt"))
+    identity = {"data": splits.fingerprint, "numerical": "session", "embed_dim": 8,
+                "field_dims": map_splits(splits, 0.2).field_dims, **changed}
+    for name in ("critic1", "critic2"):
+        critic = CriticNeg(identity["field_dims"], splits.train.numerical_num, 8, *WIDTHS)
+        save_model(Path(f"chkpt/RL/res_TD3BC_{model}/{name}.pth"), critic, identity)
+
+
+def test_without_critics_the_command_for_them_is_named_before_anything_is_trained(shop: Path) -> None:
+    assert "python3 RLmain.py --actor_name=esmm" in complaint(polished)
+    assert "python3 RLmain.py --actor_name=ple" in complaint(lambda: polished(critic_from="ple"))
+    assert "esmm, omoe" in complaint(lambda: polished(critic_from="bert"))
+    assert {path.name for path in shop.iterdir()} == {"dataset"}
+
+
+def test_a_polish_run_trains_its_baseline_and_takes_critics_of_another_model(
+        shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_critics("esmm")
+    polished(model_name="sharedbottom")
+    said = capsys.readouterr().out
+    assert "no baseline of sharedbottom yet: it is trained first" in said
+    assert "critics of esmm weight the loss of sharedbottom" in said
+    assert "(transfer)" in said
+    assert (shop / "pretrain/rt_sharedbottom.pt").exists()
+    folder = shop / "chkpt/SL/rt_sharedbottom"
+    assert {"rt_sharedbottom_0.0.pt", "rt_sharedbottom_1.0.pt"} <= {path.name for path in folder.iterdir()}
+    make_critics("sharedbottom")
+    polished(model_name="sharedbottom")
+    said = capsys.readouterr().out
+    assert "trained first" not in said
+    assert "critics of sharedbottom weight the loss of sharedbottom" in said
+    assert "(transfer)" not in said
+    polished(model_name="sharedbottom", critic_from="esmm")
+    assert "critics of esmm weight the loss of sharedbottom" in capsys.readouterr().out
+
+
+def table_of(said: str) -> dict[str, list[float]]:
+    """The summary's rows by title."""
+    lines = said[said.index("test split"):].splitlines()[1:]
+    return {line[:22].strip(): [float(one) for one in line[22:].split()] for line in lines
+            if line.startswith(("baseline", "control:", "this run:"))}
+
+
+def test_the_summary_sets_baseline_control_and_run_side_by_side(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_critics()
+    metrics = polished()
+    alone = capsys.readouterr().out
+    assert set(table_of(alone)) == {"baseline", "this run: full"}
+    assert "no control yet" in alone
+    assert "--polish_method=constant" in alone
+
+    control = polished(polish_method="constant", critic_dir="nowhere")
+    said = capsys.readouterr().out
+    assert "no critic is asked" in said
+    assert set(table_of(said)) == {"baseline", "this run: constant"}
+
+    metrics = polished()
+    said = capsys.readouterr().out
+    rows = table_of(said)
+    assert list(rows) == ["baseline", "control: constant", "this run: full"]
+    assert "no control yet" not in said
+    for title, tasks in (("control: constant", control), ("this run: full", metrics)):
+        expected = [figure for one in tasks for figure in (one.auc, one.logloss, one.session_logloss)]
+        assert rows[title] == pytest.approx(expected, abs=5.1e-5)
+    baseline = SLmain.main(**TINY, model_name="esmm")
+    assert rows["baseline"] == pytest.approx([figure for one in baseline for figure in one], abs=5.1e-5)
+
+
+@pytest.mark.parametrize("change", [{"seed": 5}, {"learning_rate": 0.1}, {"epoch": 2}])
+def test_a_control_of_other_settings_is_no_control(shop: Path, capsys: pytest.CaptureFixture[str],
+                                                   change: dict[str, Any]) -> None:
+    """The same budget and settings, but for the weights: else the comparison says nothing."""
+    make_critics()
+    polished(polish_method="constant", **change)
+    capsys.readouterr()
+    polished()
+    assert "control: constant" not in table_of(capsys.readouterr().out)
+
+
+def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
+    make_critics()
+    polished(polish_lambda=0.5, epoch=2)
+    books = shop / "chkpt/SL/rt_esmm/rt_esmm_0.5"
+    with open(books / "metrics.csv", encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["epoch"] in ("1", "2") and row["split"] != "test"]
+    assert len(rows) == 2
+    for row in rows:
+        for task in ("CTR", "CTCVR"):
+            low, middle, high = (float(row[f"weight_q{q}_{task}"]) for q in ("05", "50", "95"))
+            assert 1 <= low <= middle <= high
+            assert 0 < float(row[f"weight_ess_{task}"]) <= 1
+            assert 0 <= float(row[f"weight_at_1_{task}"]) <= 1
+    assert (books / "weights.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("changed", "named"), [
+    ({"data": "0123456789abcdef"}, "its data is"),
+    ({"field_dims": [2] * 7}, "its field_dims is"),
+    ({"numerical": "none"}, "its numerical is"),
+    ({"embed_dim": 16}, "do not fit"),
+    ({"embed_dim": None}, "do not fit"),
+    ({"embed_dim": -3}, ""),
+])
+def test_critics_of_something_else_are_refused(shop: Path, changed: dict[str, Any], named: str) -> None:
+    SLmain.main(**TINY, model_name="esmm")
+    make_critics(**changed)
+    text = complaint(polished)
+    assert named in text
+    assert "critic1.pth" in text
+    assert "python3 RLmain.py" in text
+
+
+def test_a_baseline_of_other_sizes_is_refused(shop: Path) -> None:
+    make_critics()
+    SLmain.main(**{**TINY, "embed_dim": 4}, model_name="esmm")
+    with pytest.raises(UserError, match="embed_dim is 4, not 8"):
+        polished()
