@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +16,10 @@ from agents import AGENTS, DDPG_ESMM
 from dataset.files import UserError, check_writable, exit_on_user_error
 from dataset.rtrl import Splits
 from dataset.simulate import Size, expected_return
-from env import MTEnv, RewardType
+from env import MTEnv, RewardType, reward_of
 from train.Arguments import RLArguments, parse
-from train.checkpoint import RunFolder, model_identity
-from train.run import get_dataset, play, rank_correlation, test, train_and_test_offline
+from train.checkpoint import RunFolder, model_identity, weights_digest
+from train.run import discounted_returns, get_dataset, rank_correlation, test, train_and_test_offline
 from train.utils import ConvergeStopper, map_splits, pick_device, set_seed
 
 NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the result folders
@@ -54,8 +53,9 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     hyparams = {name: getattr(settings, name) for name in same_names}
     agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
                              {**hyparams, "identity": identity, "device": device})
-    run.write_config(asdict(settings), splits.manifest, splits.fingerprint)
-    memory = {**identity, "actor": hashlib.sha256(baseline.read_bytes()).hexdigest()[:16],
+    start = weights_digest(agent.pretrain_actor)
+    run.write_config(asdict(settings), splits.manifest, splits.fingerprint, start)
+    memory = {**identity, "actor": start,
               **{name: getattr(settings, name) for name in ("reward_type", "init_episode", "ou_noise_theta",
                                                             "ou_noise_gamma", "memory_size", "seed")}}
     rows = train_and_test_offline(
@@ -73,16 +73,19 @@ def main(settings: RLArguments) -> DDPG_ESMM:
 
 def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any]) -> None:
     """Print how good the critics are on validation sessions, and what is possible where the truth is known."""
-    truth, played, possible = splits.val.truth, play(val_env, agent), None
-    if truth is not None and val_env.sessions.reward_type == "bce" and agent.task_num == 2:
+    truth, ideal, possible = splits.val.truth, splits.val.best, None
+    if truth is not None and ideal is not None and val_env.sessions.reward_type == "bce":
         simulation = Size(**{name: splits.manifest["simulation"][name] for name in Size.__dataclass_fields__})
-        possible = expected_return(simulation, truth, played["action"], agent.gamma)
+        possible = expected_return(simulation, truth, agent.gamma)
+        sessions = val_env.sessions
+        observed = discounted_returns(reward_of(ideal, sessions.labels, "bce"), sessions.starts, sessions.ends,
+                                      agent.gamma)
     for task in range(agent.task_num):
         line = (f"critic {task + 1} ({splits.task_names[task]}): held-out TD error {last[f'td_error_{task}']:.4f}, "
                 f"rank correlation of Q with the return {last[f'rank_correlation_{task}']:.3f}")
         if possible is not None:
-            reached = rank_correlation(possible[:, task], played["return"][:, task])
-            line += f" (the true expected return: {reached:.3f})"
+            reached = rank_correlation(possible[:, task], observed[:, task])
+            line += f" (ideal predictions and their true expected return: {reached:.3f})"
         print(line + f", zero outputs {last[f'zero_share_{task}']:.1%}")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from dataset.files import check_writable, exit_on_user_error
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
-from train.checkpoint import RunFolder, load_model, model_identity, save_model
+from train.checkpoint import RunFolder, load_model, model_identity, save_model, weights_digest
 from train.polish import find_critics, make_polisher, summary
 from train.run import evaluate_split, get_dataset, get_model, slfit
 from train.utils import Metrics, map_splits, measure, pick_device, set_seed
@@ -53,7 +53,6 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, baseline.parent)
     catemapper = map_splits(splits, settings.feature_map_rate)
-    catemapper.save(run.books / "catemapper.json")
 
     set_seed(settings.seed)
     model = get_model(settings.model_name, catemapper.field_dims, splits.train.numerical_num, settings.task_num,
@@ -61,6 +60,7 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
     save_model(baseline, model, identity)
+    catemapper.save(run.books / "catemapper.json")
 
     report(splits, stopper.best_accuracy, metrics)
     print(f"saved {run.model} and {baseline}; curves: {run.curves}")
@@ -81,10 +81,11 @@ def polish(settings: SLArguments) -> list[Metrics]:
                + settings.command("SLmain.py", "model_name", settings.model_name))
     before = evaluate_split(model, splits.test, settings.task_num, device)
     polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
+    start = weights_digest(model)
     stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)
 
     report(splits, stopper.best_accuracy, metrics)
-    print("\n" + summary(settings, splits.fingerprint, before, metrics, splits.task_names))
+    print("\n" + summary(settings, start, before, metrics, splits.task_names))
     if stopper.best_epoch == 0:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
     print(f"saved {run.model}; weights: {run.weights}, curves: {run.curves}")

@@ -115,8 +115,8 @@ class MTEnv(gym.Env[Floats, Floats]):
         At the session's end the last observation is returned again: nothing follows it.
         """
         assert self.row >= 0, "call reset first"
-        label = self.sessions.labels[self.row]
-        action = np.asarray(action, np.float32)
+        label = self.sessions.labels[self.row].copy()
+        action = np.array(action, np.float32)
         reward = reward_of(action, label, self.sessions.reward_type)
         info = {"label": label, "action": action, "session": int(self.sessions.session[self.row])}
         terminated = self.row == self.sessions.ends[self.episode]

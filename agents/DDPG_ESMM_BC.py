@@ -21,7 +21,7 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
 
     def __init__(self, *args: Any, **hyparams: Any) -> None:
         super().__init__(*args, **hyparams)
-        self.recorded = torch.zeros(()), torch.zeros(())
+        self.recorded = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
 
     def normalise(self) -> None:
         """Take mean and standard deviation of the numbers from the memory into all critics."""
@@ -45,3 +45,11 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
         return closses[0], closses[-1], *self.recorded
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "recorded": [float(one) for one in self.recorded]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        aloss, aloss_reg = (torch.tensor(one, device=self.device) for one in state["recorded"])
+        self.recorded = aloss, aloss_reg

@@ -79,12 +79,12 @@ class ReplayBuffer:
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Read what `save` wrote. Raises UserError where it is damaged or of another identity, saying in what."""
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
                 saved = json.loads(file["identity"].tobytes())
                 stored = {name: file[name] for name in self.data}
         except FileNotFoundError:
             raise UserError(f"{path}: no such file: {REMEDY}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
+        except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = type(error).__name__
             raise UserError(f"{path}: not a replay memory that can be read ({reason}): {REMEDY}") from error
         saved = saved if isinstance(saved, dict) else {}

@@ -133,7 +133,7 @@ def _find(raw: Path, stem: str) -> Path:
 def _read_events(path: Path) -> pd.DataFrame:
     chunks: list[pd.DataFrame] = []
     for chunk in _read_with_progress(path, EVENT_KINDS):
-        chunk["event"] = pd.Categorical(chunk["event"], categories=EVENTS).codes
+        chunk["event"] = pd.Index(EVENTS).get_indexer(pd.Index(chunk["event"])).astype(np.int8)
         bad = chunk["event"].to_numpy() < 0
         if bad.any():
             line = sum(map(len, chunks)) + int(bad.argmax()) + 2
@@ -246,8 +246,8 @@ def _item_table(paths: Iterable[Path], met: NDArray[np.int64], boundary: int) ->
     # Of two values at the same time the larger text wins: one result for any order of the files.
     values = values.sort_values(["itemid", "property", "timestamp", "value"], kind="stable")
     last = values.drop_duplicates(["itemid", "property"], keep="last")
-    wide = last.pivot(index="itemid", columns="property", values="value").astype(object)
-    items = wide.reindex(index=met, columns=list(PROPERTIES)).fillna("")
+    wide = last.pivot(index="itemid", columns="property", values="value")
+    items = wide.reindex(index=met, columns=list(PROPERTIES)).astype(object).fillna("")
     bare = int((items == "").all(axis=1).sum())
     account = [
         Line("property rows read", read, 0),

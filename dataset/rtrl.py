@@ -214,7 +214,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "anew with python3 -m dataset.prepare")
     prepared = (path / "manifest.json").exists()
-    manifest = _check_manifest(path) if prepared else dict(_PUBLISHED)
+    manifest = _check_manifest(path, files) if prepared else dict(_PUBLISHED)
     outputs = manifest["outputs"] if prepared else {name: sha256(path / name) for name in files}
     fingerprint = hashlib.sha256("".join(outputs[name] for name in files).encode()).hexdigest()[:16]
 
@@ -238,7 +238,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
 
 
-def _check_manifest(path: Path) -> dict[str, Any]:
+def _check_manifest(path: Path, files: list[str]) -> dict[str, Any]:
     file = path / "manifest.json"
     manifest = read_json(file)
     shape: Mapping[str, type] = {"outputs": dict, "categorical": list, "long_tailed": list, "tasks": list}
@@ -247,6 +247,9 @@ def _check_manifest(path: Path) -> dict[str, Any]:
             raise UserError(f"{file}: '{key}' is missing or of the wrong kind: run python3 -m dataset.prepare again")
     if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
         raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
+    for name in files:
+        if name not in manifest["outputs"]:
+            raise UserError(f"{file}: 'outputs' does not list {name}: run python3 -m dataset.prepare again")
     for name, digest in manifest["outputs"].items():
         if Path(name).name != name:
             raise UserError(f"{file}: '{name}' is not a file name: outputs lie in the manifest's own folder")

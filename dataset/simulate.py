@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -209,12 +208,12 @@ def simulate(out: Path, size: Size) -> None:
         write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
 
 
-def expected_return(size: Size, truth: pd.DataFrame, actions: NDArray[np.floating[Any]], gamma: float,
-                    rollouts: int = 64) -> Floats:
-    """The true expected discounted return of taking `actions` (n, 2) in the rows `truth` (n,): (n, 2).
+def expected_return(size: Size, truth: pd.DataFrame, gamma: float, rollouts: int = 64) -> Floats:
+    """The true expected discounted return of ideal predictions in the rows `truth` (n,): (n, 2), clicks and purchases.
 
-    The reward is minus the cross-entropy; the later actions are the true probabilities. It is the mean over `rollouts`
-    futures of the same visitor, simulated from the row's hidden state: what an ideal critic would answer.
+    The actions are the true probabilities, the reward minus the cross-entropy. It is the mean over `rollouts` futures
+    of the same visitor, simulated from the row's hidden state: what an ideal critic would answer. Sessions of one row
+    are not in the tables, so of a session's first row only futures that go on count.
     """
     shop = Shop(size)
     rng = np.random.default_rng([size.seed, 4])
@@ -224,16 +223,20 @@ def expected_return(size: Size, truth: pd.DataFrame, actions: NDArray[np.floatin
     visitors = Visitors(rows, columns["category"], columns["mood"], columns["intent"], columns["position"],
                         columns["timestamp"].astype(np.float64), np.zeros((len(rows), 0), np.int64))
     lane, shown = np.arange(len(rows)), number[rows]
-    returns, discount, first = np.zeros((len(rows), 2)), np.ones(len(rows)), True
+    returns, discount, length, first = np.zeros((len(rows), 2)), np.ones(len(rows)), np.zeros(len(rows)), True
     while len(visitors.ids):
         met, moved = shop.step(rng, visitors, shown if first else None)
-        p = np.clip(actions[rows] if first else np.column_stack([met.p_click, met.p_pay]), 1e-4, 1 - 1e-4)
+        p = np.clip(np.column_stack([met.p_click, met.p_pay]), 1e-4, 1 - 1e-4)
         reward = np.where(np.column_stack([met.click, met.pay]), np.log(p), np.log1p(-p))
         new = ~met.repeated  # an item met before makes no row of its own
         returns[lane[new]] += discount[lane[new], None] * reward[new]
         discount[lane[new]] *= gamma
+        length[lane[new]] += 1
         lane, visitors, first = lane[met.stays], moved, False
-    return returns.reshape(rollouts, len(truth), 2).mean(axis=0)
+    counts = ((length >= 2) | (columns["position"] > 1)).reshape(rollouts, len(truth), 1)
+    futures = returns.reshape(rollouts, len(truth), 2)
+    some = np.maximum(counts.sum(axis=0), 1)
+    return np.where(counts.any(axis=0), (futures * counts).sum(axis=0) / some, futures.mean(axis=0))
 
 
 def _log(shop: Shop) -> tuple[pd.DataFrame, pd.DataFrame]:

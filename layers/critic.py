@@ -64,13 +64,16 @@ class CriticNeg(Critic):
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
         super().__init__(categorical_field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, dropout)
-        self.revive()
+        assert self.tower.output is not None
+        nn.init.ones_(self.tower.output.bias)
 
     def revive(self) -> None:
-        """Put the last bias on the live side of the ReLU."""
+        """Draw the layers above the embeddings anew, the last bias on the live side of the ReLU."""
         assert self.tower.output is not None
-        with torch.no_grad():
-            self.tower.output.bias.fill_(1.0)
+        for layer in (self.first, *self.bottom.hidden, *self.tower.hidden, self.tower.output):
+            assert isinstance(layer, nn.Linear)
+            layer.reset_parameters()
+        nn.init.ones_(self.tower.output.bias)
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
         """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,) <= 0."""

@@ -245,6 +245,22 @@ def test_resuming_an_early_stop_stays_stopped(here: Path) -> None:
     assert metrics_of(here) == before
 
 
+def test_the_model_that_is_kept_is_that_of_the_best_epoch(here: Path, rt_tables: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that went on past its best epoch ends as one that stopped there: same weights, same test metrics."""
+    settings = {**TINY, "learning_rate": 0.02, "patience": 9}
+    main(**{**settings, "epoch": 6})
+    rows = list(csv.DictReader(metrics_of(here).decode().splitlines()))
+    best = int(rows[-1]["epoch"])
+    assert best < 6, "these settings were chosen so that later epochs are worse"
+    monkeypatch.chdir(working_folder(here / "stopped", rt_tables))
+    main(**{**settings, "epoch": best})
+    assert metrics_of(here).splitlines()[-1] == metrics_of(here / "stopped").splitlines()[-1]
+    for name in ("chkpt/SL/rt_esmm/rt_esmm_0.0.pt", "pretrain/rt_esmm.pt"):
+        one, two = weights_of(here / name), weights_of(here / "stopped" / name)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
 def test_resume_without_a_state_starts_from_the_first_epoch(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(**TINY, resume=True)
     assert "nothing to resume" in capsys.readouterr().out

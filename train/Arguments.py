@@ -86,6 +86,7 @@ class SLArguments(ModelArguments, DataArguments):
 class RLArguments(ModelArguments, DataArguments):
     """Offline RL: `RLmain.py`. Names and defaults of the agent as documented."""
 
+    task_num: int = setting(2, "T, the tasks: one critic each", low=2, high=2)
     actor_name: str = setting("esmm", "the model whose predictions are the actions", choices=list(MODELS))
     agent: str = setting("bc", "bc: critics alone, to convergence; ddpg: the actor too; multiweight: so, with --ips",
                          choices=["bc", "ddpg", "multiweight"])
@@ -121,6 +122,8 @@ def check(one: Field[Any], value: Any) -> None:
     flag = flag or f"--{one.name}"
     if choices and value not in choices:
         raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag}: {value} is not a finite number")
     if isinstance(value, int | float) and not low <= value <= high:
         raise UserError(f"{flag}: {value} is not between {low:g} and {high:g}")
 

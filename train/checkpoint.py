@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
 import pickle
@@ -61,6 +62,14 @@ def load_model(path: Path, model: nn.Module, identity: Identity, remedy: str) ->
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: its weights do not fit the model ({reason}): {remedy}") from error
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A fingerprint of a model's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _short(value: Any) -> str:
@@ -133,11 +142,12 @@ class RunFolder:
                             f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
         return state
 
-    def write_config(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str) -> None:
-        """Write what was asked for and on which data."""
+    def write_config(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
+                     start: str) -> None:
+        """Write what was asked for, on which data, and the digest of the weights that the run started from."""
         write_json(self.config, {"command": " ".join(["python3", *sys.argv]), "settings": dict(settings),
                                  "torch": torch.__version__, "threads": torch.get_num_threads(),
-                                 "data_fingerprint": fingerprint, "data": dict(manifest)})
+                                 "start": start, "data_fingerprint": fingerprint, "data": dict(manifest)})
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the table of metrics, figures in full; columns are those of all rows, in order of appearance."""

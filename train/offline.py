@@ -23,7 +23,7 @@ from train.utils import ConvergeStopper, measure, set_seed
 Floats = NDArray[np.float32]
 Policy = Callable[[Floats], Floats]
 LANES = 4096  # sessions stepped at once
-DEAD, REVIVALS = 0.99, 2  # a critic is dead at this share of zero outputs; how often it is revived
+DEAD, CONSTANT, REVIVALS = 0.99, 1e-6, 2  # share of zeros and spread of a dead critic; how often it is revived
 
 
 def one_iter_offline(agent: DDPG_ESMM) -> int:
@@ -87,15 +87,19 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
         losses = _train_epoch(agent, epoch_updates)
         figures = judge(environment, agent)
         rows.append({"epoch": number, **losses, **figures})
-        dead = [task for task in range(agent.task_num) if figures[f"zero_share_{task}"] > DEAD]
+        dead = [task for task in range(agent.task_num)
+                if figures[f"zero_share_{task}"] > DEAD or figures[f"spread_{task}"] < CONSTANT]
         for task in dead:
-            if revived >= REVIVALS * agent.task_num:
-                raise UserError(f"critic {task + 1} is dead: it gives 0 for {figures[f'zero_share_{task}']:.0%} of the "
-                                "held-out states, and reviving did not help: try a smaller --critic_lr")
-            print(f"critic {task + 1} is dead (0 for {figures[f'zero_share_{task}']:.0%} of the states): revived")
+            zeros = figures[f"zero_share_{task}"]
+            what = f"critic {task + 1} is dead (" + (f"0 for {zeros:.0%} of the states)" if zeros > DEAD
+                                                     else "the same for all states)")
+            if revived >= REVIVALS * agent.task_num or number == epoch:
+                why = "no epoch is left to revive it" if number == epoch else "reviving did not help"
+                raise UserError(f"{what}, and {why}: try a smaller --critic_lr")
+            print(f"{what}: revived")
             critic, target, _ = agent.critics()[task]
             critic.revive()
-            target.revive()
+            target.load_state_dict(critic.state_dict())
             revived += 1
         going = stopper.is_continuable(losses["critic_loss"]) or bool(dead)
         td, rank = ([figures[f"{name}_{task}"] for task in range(agent.task_num)]
@@ -177,7 +181,8 @@ def play(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
 
 def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
     """Per task, on sessions held out: TD error (mean square), rank correlation (Spearman) of Q with the observed
-    discounted return, the share of zero outputs; and the score, the mean undiscounted return of a session."""
+    discounted return, share of zero outputs and standard deviation of Q; and the score, a session's mean return
+    without discount."""
     played, sessions = play(environment, agent), environment.sessions
     next_q = np.append(played["q"][1:], played["q"][:1], axis=0)
     next_q[sessions.ends] = 0.0  # nothing is expected past a session's end
@@ -188,6 +193,7 @@ def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
         figures[f"td_error_{task}"] = float((td[:, task] ** 2).mean())
         figures[f"rank_correlation_{task}"] = rank_correlation(q, played["return"][:, task])
         figures[f"zero_share_{task}"] = float((q == 0).mean())
+        figures[f"spread_{task}"] = float(q.std())
     return figures
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
         path = folder / f"{name}.pth"
         remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
         embed_dim = load_tensors(path, remedy).get("embed_dim")
-        embed_dim = embed_dim if isinstance(embed_dim, int) else 1
+        embed_dim = embed_dim if isinstance(embed_dim, int) and 0 < embed_dim <= 65536 else 1
         critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, *WIDTHS)
         load_model(path, critic, same, remedy)
         critics.append(critic.to(device))
@@ -61,13 +61,14 @@ def find_critics(settings: SLArguments) -> tuple[Path, str]:
                     + settings.command("RLmain.py", "actor_name", settings.critic_from or "esmm"))
 
 
-def summary(settings: SLArguments, fingerprint: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
+def summary(settings: SLArguments, start: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
             task_names: Sequence[str]) -> str:
-    """A table of test figures: baseline, the controls that have been run with these settings, and this run."""
+    """A table of test figures: baseline, the controls run with these settings from the same weights `start`, this run.
+    """
     rows: dict[str, list[dict[str, float]]] = {"baseline": [one._asdict() for one in baseline]}
     for method in ("constant", "shuffled"):
         if method != settings.polish_method:
-            found = _of_control(replace(settings, polish_method=method), fingerprint, task_names[: len(baseline)])
+            found = _of_control(replace(settings, polish_method=method), start, task_names[: len(baseline)])
             if found:
                 rows[f"control: {method}"] = found
     rows[f"this run: {settings.polish_method}"] = [one._asdict() for one in polished]
@@ -82,13 +83,15 @@ def summary(settings: SLArguments, fingerprint: str, baseline: Sequence[Metrics]
     return "\n".join(lines)
 
 
-def _of_control(settings: SLArguments, fingerprint: str, task_names: Sequence[str]) -> list[dict[str, float]]:
-    """The test figures of a finished control of the same data and seed, or none."""
+def _of_control(settings: SLArguments, start: str, task_names: Sequence[str]) -> list[dict[str, float]]:
+    """The test figures of a finished control of the same settings and start, hence of the same data; or none."""
     run = RunFolder.of_model(settings)
     if not run.metrics.exists() or not run.config.exists():
         return []
     config = read_json(run.config)
-    if config.get("data_fingerprint") != fingerprint or config.get("settings", {}).get("seed") != settings.seed:
+    saved, free = config.get("settings", {}), ("resume", "device", "critic_from", "critic_dir")
+    if config.get("start") != start or any(
+            saved.get(name) != value for name, value in asdict(settings).items() if name not in free):
         return []
     with open(run.metrics, encoding="utf-8", newline="") as file:
         last = [row for row in csv.DictReader(file) if row.get("split") == "test"]

@@ -23,10 +23,10 @@ from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load
 from dataset.simulate import Size, simulate
 from slmodels import AITM, build
 from train.Arguments import SLArguments
-from train.checkpoint import RunFolder, save_model, save_tensors
+from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
 from train.offline import (
+    discounted_returns,
     one_iter_offline,
-    play,
     plot_loss,
     rank_correlation,
     test,
@@ -35,8 +35,22 @@ from train.offline import (
 from train.plots import plot_panels
 from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed
 
-__all__ = ["evaluate", "get_dataset", "get_model", "one_iter_offline", "play", "plot_loss", "rank_correlation", "slfit",
-           "slpred", "sltest", "sltrain", "test", "train_and_test_offline", "validation_score"]
+__all__ = [
+    "discounted_returns",
+    "evaluate",
+    "get_dataset",
+    "get_model",
+    "one_iter_offline",
+    "plot_loss",
+    "rank_correlation",
+    "slfit",
+    "slpred",
+    "sltest",
+    "sltrain",
+    "test",
+    "train_and_test_offline",
+    "validation_score",
+]
 
 Predictions = list[NDArray[np.float32]]
 BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, DROPOUT = (512, 256), (128, 64), 0.2
@@ -108,7 +122,11 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
         for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
             categorical_x, numerical_x, labels = (x.to(device) for x in (categorical_x, numerical_x, labels))
             predictions = model(categorical_x, numerical_x)
-            losses = criterion(predictions, labels)
+            labels = labels[:, : predictions.shape[1]]
+            try:
+                losses = criterion(predictions, labels)
+            except RuntimeError as error:  # torch refuses what is not within [0, 1]
+                raise _diverged("predictions are not numbers") from error
             if polisher is not None:
                 losses = losses * polisher.weights(categorical_x, numerical_x, labels)
             loss = losses.mean()
@@ -123,8 +141,12 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
                 bar.set_postfix(loss=f"{float(total) / rows:.4f}")
     mean = float(total) / max(rows, 1)
     if not np.isfinite(mean):
-        raise UserError(f"the training loss is {mean}: try a smaller --learning_rate; the last good epoch is kept")
+        raise _diverged(f"the training loss is {mean}")
     return mean
+
+
+def _diverged(what: str) -> UserError:
+    return UserError(f"training diverged: {what}: try a smaller --learning_rate; the last good epoch is kept")
 
 
 @torch.no_grad()
@@ -148,6 +170,8 @@ def evaluate(model: nn.Module, data_loader: Batches, task_num: int, device: torc
     """AUC, logloss and s-Logloss of each task."""
     labels = data_loader.tensors[2].cpu().numpy()
     predictions = slpred(model, data_loader, task_num, device)
+    if not all(np.isfinite(one).all() for one in predictions):
+        raise _diverged("predictions are not numbers")
     return [measure(predictions[task], labels[:, task], data_loader.session) for task in range(task_num)]
 
 
@@ -176,7 +200,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     first, going = 1, True
 
     state = run.open(asdict(settings), splits.fingerprint, settings.resume)
-    run.write_config(asdict(settings), splits.manifest, splits.fingerprint)
+    run.write_config(asdict(settings), splits.manifest, splits.fingerprint, weights_digest(model))
     if state is not None:
         model.load_state_dict(state["model"])
         set_optim_param(optimizer, state["optimizer"])
