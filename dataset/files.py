@@ -29,6 +29,7 @@ import pandas as pd
 Kind = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
 Problem = tuple[int, str, str]  # line, column, what is wrong
 
+csv.field_size_limit(2**31 - 1)  # a cell may be long; the default of 128 KiB would hide the error behind it
 MAX_ID = 2**53  # the largest integer up to which a float64, hence "1.44E+12", is exact
 
 
@@ -285,7 +286,7 @@ def _first_problem(path: Path, header: list[str], kinds: Mapping[str, Kind]) -> 
                 what = f"the row ends after {len(row)} of {len(header)} cells: is the file cut short?"
                 return reader.line_num, header[len(row)], what
             for name, kind in kinds.items():
-                what = _problem(row[header.index(name)].strip(), kind)
+                what = _problem(row[header.index(name)].strip(" \t"), kind)
                 if what:
                     return reader.line_num, name, what
     return None
@@ -300,7 +301,8 @@ def _problem(cell: str, kind: Kind) -> str:
     if not cell:
         return "is empty: give a number" if kind != "label" else "is empty: a label is 0 or 1"
     try:
-        value = float(cell)
+        # Python would also read 1_0 and digits of other scripts, which pandas does not.
+        value = float(cell) if cell.isascii() and "_" not in cell else float("not a number")
     except ValueError:
         return f"'{_short(cell)}' is not a number"
     if kind == "label":

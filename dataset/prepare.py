@@ -35,6 +35,7 @@ from dataset.files import (
     Kind,
     UserError,
     atomic_folder,
+    check_writable,
     exit_on_user_error,
     read_chunks,
     read_json,
@@ -81,6 +82,7 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int = 2
         raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder: --raw takes the folder that holds events.csv")
+    check_writable(out.parent)
     event_file = _find(raw, "events")
     property_files = sorted(path for path in raw.iterdir() if path.name.startswith("item_properties")
                             and path.name.endswith((".csv", ".csv.gz")))
@@ -223,7 +225,8 @@ def _cut(table: pd.DataFrame) -> tuple[list[int], int]:
     cuts = [0, *(int(starts[min(int(np.searchsorted(starts, share * len(table))), len(starts) - 1)])
                  for share in (0.6, 0.8)), len(table)]
     if not cuts[0] < cuts[1] < cuts[2] < cuts[3]:
-        raise UserError(f"only {len(starts)} sessions are left: too few to cut into train, val and test")
+        raise UserError(f"the {len(starts)} sessions that are left ({len(table)} rows) cannot be cut 6:2:2 into train, "
+                        "val and test: more of the log is needed")
     return cuts, int(table["timestamp"].iloc[cuts[1]])
 
 

@@ -62,6 +62,8 @@ class FieldLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        if ctx.needs_input_grad[2]:
+            raise NotImplementedError("FieldLinear gives no gradient to the numbers: use Fields.concat()")
         numbers, table, a, c, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_products, d_table, d_weight = ctx.gather.backward(grad), torch.empty_like(table), torch.empty_like(weight)
