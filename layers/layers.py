@@ -6,6 +6,7 @@ takes an `Input` calls `linear(x, weight, bias)` and need not know.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -150,4 +151,4 @@ def mixture(gate: Tensor, *banks: Tensor) -> Tensor:
     """sum_e g_e h_e: gates (B, E) over the experts of all banks (B, E_1, H), (B, E_2, H), ... -> (B, H)."""
     parts = gate.split([bank.shape[1] for bank in banks], dim=1)
     mixed = [Mixture.apply(part, bank) for part, bank in zip(parts, banks, strict=True)]
-    return torch.stack(mixed).sum(dim=0) if len(mixed) > 1 else mixed[0]
+    return functools.reduce(torch.add, mixed)
