@@ -77,7 +77,7 @@ def polish(settings: SLArguments) -> list[Metrics]:
     model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
                       settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
-    load_model(baseline_path(settings), model, identity, "train the baseline again, with the same settings: "
+    load_model(baseline_path(settings), model, identity, "give the same settings as then, or train the baseline again: "
                + settings.command("SLmain.py", "model_name", settings.model_name))
     before = evaluate_split(model, splits.test, settings.task_num, device)
     polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
@@ -99,7 +99,7 @@ def baseline_path(settings: SLArguments) -> Path:
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:
     """Print the documented result, then what it is measured against."""
     print("\n" + ", ".join(f"task {task} = {name}" for task, name in enumerate(splits.task_names[: len(metrics)]))
-          + "; best auc: mean over the tasks, on the validation split")
+          + "; 'best auc' is the mean over the tasks on the validation split, the lines below it are the test split")
     print(f"test: best auc: {best_accuracy:.4f}")
     for task, one in enumerate(metrics):
         print(f"task {task}, AUC {one.auc:.4f}, Log-loss {one.logloss:.4f}")

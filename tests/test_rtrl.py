@@ -329,8 +329,8 @@ def test_a_file_of_the_manifest_that_is_missing_is_named(tables: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.csv", "val.csv", "test.csv", "item_feadf.csv", "truth.csv"])
 def test_a_table_that_was_edited_is_refused(tables: Path, name: str) -> None:
-    text = (tables / name).read_text()
-    (tables / name).write_text(text[:-2] + ("1\n" if text[-2] != "1" else "0\n"))
+    *lines, last = (tables / name).read_text().splitlines()
+    (tables / name).write_text("\n".join([*lines, ("3" if last[0] != "3" else "2") + last[1:]]) + "\n")
     message = complaint(lambda: load_splits(tables))
     assert message.startswith(f"{tables / name}: ")
     assert "SHA-256" in message
@@ -339,7 +339,17 @@ def test_a_table_that_was_edited_is_refused(tables: Path, name: str) -> None:
 def test_a_table_that_was_cut_short_is_refused(tables: Path) -> None:
     text = (tables / "train.csv").read_text()
     (tables / "train.csv").write_text(text[: len(text) // 2])
-    assert complaint(lambda: load_splits(tables)).startswith(f"{tables / 'train.csv'}: ")
+    message = complaint(lambda: load_splits(tables))
+    assert message.startswith(str(tables / "train.csv"))
+    assert "cut short" in message
+
+
+def test_a_misspelt_column_says_more_than_that_the_file_has_changed(tables: Path) -> None:
+    text = (tables / "val.csv").read_text()
+    (tables / "val.csv").write_text(text.replace("click,", "clik,", 1))
+    message = complaint(lambda: load_splits(tables))
+    assert "column 'click' is missing" in message
+    assert "clik" in message
 
 
 def change_manifest(folder: Path, **changes: Any) -> Path:

@@ -206,7 +206,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         set_optim_param(optimizer, state["optimizer"])
         stopper.load_state_dict(state["stopper"])
         rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
-        print(f"resuming after epoch {state['epoch']}")
+        print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
     elif polisher is not None:
         metrics = evaluate(model, val, settings.task_num, device)
         stopper.is_continuable(model, validation_score(metrics), 0)
@@ -229,6 +229,8 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         save_tensors(run.state, {"epoch": epoch, "going": going, "model": model.state_dict(), "metrics": rows,
                                  "optimizer": get_optim_param(optimizer), "stopper": stopper.state_dict(),
                                  "settings": asdict(settings), "fingerprint": splits.fingerprint})
+    if going:
+        print(f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch): validation AUC may still rise")
     model.load_state_dict(stopper.best_state)
     save_model(run.model, stopper.best_state, identity)
     metrics = evaluate_split(model, splits.test, settings.task_num, device)
