@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
+from agents.ReplayBuffer import Transition
 
 RECORD_FREQ = 50  # updates between two looks at the actor's losses, which train nothing here
+ROWS = 4096  # next states that the actor is asked about at once
 
 
 class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
@@ -22,14 +26,27 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
     def __init__(self, *args: Any, **hyparams: Any) -> None:
         super().__init__(*args, **hyparams)
         self.recorded = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        self.next_predictions, self.seen = torch.empty(0, self.task_num), 0  # (memory.size, T), memory.stored
 
-    def normalise(self) -> None:
-        """Take mean and standard deviation of the numbers from the memory into all critics."""
+    def prepare(self) -> None:
+        """Take from the memory, now that it is filled, what no update changes: mean and standard deviation of the
+        numbers, into all critics, and the actor's predictions in every next state."""
+        states = np.array_split(self.memory.data["next_state"][: self.memory.size], -(-self.memory.size // ROWS))
+        self.next_predictions = torch.cat([self.actor_target(*self._split(torch.from_numpy(part).to(self.device)))
+                                           for part in states])
+        self.seen = self.memory.stored
         numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, self.fields:])
         for critic, target, _ in self.critics():
             for one in (critic, target):
                 one.mean.copy_(numbers.mean(dim=0))
                 one.std.copy_(numbers.std(dim=0) + 1e-3)
+
+    def process_batch(self, transition: Transition) -> Tensors:
+        """As the parent; about a batch of the memory that `prepare` saw the actor need not be asked again."""
+        batch = super().process_batch(transition)
+        if "index" in transition and self.seen == self.memory.stored:
+            batch["next_prediction"] = self.next_predictions[torch.from_numpy(transition["index"])]
+        return batch
 
     def _target_soft_update(self, tau: float) -> None:
         """The actor does not move, so only the critics' targets follow."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dataset.files import UserError, atomic_file
 
 Floats = NDArray[np.float32]
-Transition = dict[str, Floats]
+Transition = dict[str, NDArray[Any]]
 VERSION = 1
 REMEDY = "run RLmain.py with --refill to fill a new one"
 
@@ -39,7 +39,7 @@ class ReplayBuffer:
         self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
         self.data = self._named(self.rows)
         self.max_size, self.batch_size = size, batch_size
-        self.next, self.size = 0, 0
+        self.next, self.size, self.stored = 0, 0, 0  # where the next one goes; how many there are; ever were
         self.reseed(seed)
 
     def reseed(self, *seed: int) -> None:
@@ -57,11 +57,13 @@ class ReplayBuffer:
             self.data[name][at] = value
         self.next = (self.next + len(at)) % self.max_size
         self.size = min(self.size + len(at), self.max_size)
+        self.stored += len(at)
 
     def sample_batch(self) -> Transition:
-        """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly."""
+        """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly; "index" (B,) tells
+        which they are."""
         index = self.rng.choice(self.size, min(self.batch_size, self.size), replace=False, shuffle=False)
-        return self._named(self.rows[index])
+        return {**self._named(self.rows[index]), "index": index}
 
     def _named(self, rows: Floats) -> Transition:
         return {**{name: rows[:, columns] for name, columns in self.columns.items()}, "done": rows[:, -1]}
@@ -101,3 +103,4 @@ class ReplayBuffer:
         for name, values in stored.items():
             self.data[name][:count] = values
         self.size, self.next = count, int(saved.get("next", 0)) % self.max_size
+        self.stored += count

@@ -7,6 +7,7 @@ are checked against it, and it names the fields and the tasks; without one the f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -138,6 +139,20 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self.session) // self.batch_size)
+
+    @functools.cached_property
+    def distinct(self) -> tuple[Tensor, Tensor]:
+        """Rows (d,) no two of which have the same features, and for each row (n,) the place of its equal among them.
+
+        A model in eval mode says the same about equal rows: x = distinct_x[place].
+        """
+        ids, numbers, _ = self.tensors
+        place = np.zeros(len(ids), np.int64)
+        for column in (*ids.cpu().numpy().T, *numbers.cpu().numpy().view(np.int32).T):
+            codes, values = pd.factorize(column)
+            place = pd.factorize(place * len(values) + codes)[0]
+        first = np.unique(place, return_index=True)[1]
+        return torch.from_numpy(first).to(ids.device), torch.from_numpy(place).to(ids.device)
 
     def __iter__(self) -> Iterator[Batch]:
         ids, numbers, labels = self.tensors

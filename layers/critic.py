@@ -15,8 +15,9 @@ from layers.layers import FieldInput, MultiLayerPerceptron, linear
 class Critic(nn.Module):
     """Fields, numbers and the action, each embedded, through a bottom and a tower to one score.
 
-    The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + W_a (B a + c). Numbers
-    are normalised first: (n - mean) / std, two buffers that an agent may set (0 and 1 at first).
+    The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + (W_a B) a + W_a c, and
+    a is one number. Numbers are normalised first: (n - mean) / std, two buffers that an agent may set (0 and 1 at
+    first).
 
     Args:
         categorical_field_dims: number of ids of each of the F fields.
@@ -42,9 +43,10 @@ class Critic(nn.Module):
     def score(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
         """The last pre-activation (B,)."""
         of_state, of_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
-        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), of_state, self.first.bias)
-        h = h + F.linear(self.action(action), of_action)
-        h = relu_dropout(h, self.dropout, self.training)  # (B, H)
+        bias = self.first.bias + of_action @ self.action.bias
+        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), of_state, bias)
+        h = h + action * (of_action @ self.action.weight).T  # (B, H)
+        h = relu_dropout(h, self.dropout, self.training)
         if len(self.bottom.hidden):
             h = self.bottom(h)
         return self.tower(h).squeeze(1)

@@ -6,7 +6,6 @@ takes an `Input` calls `linear(x, weight, bias)` and need not know.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.kernels import FieldLinear, Gather, Mixture, relu_dropout
+from layers.kernels import FieldLinear, Gather, Mixture, expert_product, product, relu_dropout
 
 
 class EmbeddingLayer(nn.Module):
@@ -71,7 +70,7 @@ class Fields:
         embedding, numerical = self.source.embedding, self.source.numerical
         table = embedding.embedding.weight  # (V, D), all fields
         if len(table) > self.categorical_x.numel():
-            return F.linear(self.concat(), weight, bias)
+            return product(self.concat(), weight, bias)
         if self._gather is None:
             self._gather = Gather(self.categorical_x + embedding.offsets, len(table))
         return FieldLinear.apply(self._gather, embedding.field_dims, self.numerical_x, table, numerical.weight,
@@ -83,7 +82,7 @@ Input = Tensor | Fields
 
 def linear(x: Input, weight: Tensor, bias: Tensor) -> Tensor:
     """W x + b, for a tensor or for fields."""
-    return x.linear(weight, bias) if isinstance(x, Fields) else F.linear(x, weight, bias)
+    return x.linear(weight, bias) if isinstance(x, Fields) else product(x, weight, bias)
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -108,10 +107,10 @@ class MultiLayerPerceptron(nn.Module):
 
 
 class Experts(nn.Module):
-    """E perceptrons side by side on the same input, each layer one batched product.
+    """E perceptrons side by side on the same input, each layer one product for all of them.
 
     The same as E `MultiLayerPerceptron(..., output_layer=False)`: expert e's first layer is rows e H to (e + 1) H of
-    `first`, its later layers are `weights[l][e]` (in, out) and `biases[l][e]`.
+    `first`, its later layers are `weights[l][e]` (out, in) and `biases[l][e]`.
     """
 
     def __init__(self, expert_num: int, input_dim: int, embed_dims: Sequence[int], dropout: float) -> None:
@@ -121,19 +120,15 @@ class Experts(nn.Module):
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for i, o in pairwise(embed_dims):
             bound = i**-0.5  # as nn.Linear draws them
-            self.weights.append(torch.empty(expert_num, i, o).uniform_(-bound, bound))
-            self.biases.append(torch.empty(expert_num, 1, o).uniform_(-bound, bound))
+            self.weights.append(torch.empty(expert_num, o, i).uniform_(-bound, bound))
+            self.biases.append(torch.empty(expert_num, o).uniform_(-bound, bound))
 
     def forward(self, x: Input) -> Tensor:
         """Take (B, input_dim); return (B, E, embed_dims[-1])."""
-        h = linear(x, self.first.weight, self.first.bias)  # (B, E H)
-        h = self._activate(h).unflatten(1, (self.expert_num, -1)).transpose(0, 1)  # (E, B, H)
+        h = relu_dropout(linear(x, self.first.weight, self.first.bias), self.dropout, self.training)  # (B, E H)
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            h = self._activate(torch.baddbmm(bias, h, weight))
-        return h.transpose(0, 1)
-
-    def _activate(self, h: Tensor) -> Tensor:
-        return relu_dropout(h, self.dropout, self.training)
+            h = relu_dropout(expert_product(h, weight, bias), self.dropout, self.training)
+        return h.unflatten(1, (self.expert_num, -1))
 
 
 class Gate(nn.Module):
@@ -147,8 +142,6 @@ class Gate(nn.Module):
         return F.softmax(linear(x, self.layer.weight, self.layer.bias), dim=1)
 
 
-def mixture(gate: Tensor, *banks: Tensor) -> Tensor:
-    """sum_e g_e h_e: gates (B, E) over the experts of all banks (B, E_1, H), (B, E_2, H), ... -> (B, H)."""
-    parts = gate.split([bank.shape[1] for bank in banks], dim=1)
-    mixed = [Mixture.apply(part, bank) for part, bank in zip(parts, banks, strict=True)]
-    return functools.reduce(torch.add, mixed)
+def mixture(gates: Sequence[Tensor], bank: Tensor) -> list[Tensor]:
+    """sum_e g_e h_e for each of several gates (B, E) over one bank of experts (B, E, H); each result is (B, H)."""
+    return list(Mixture.apply(torch.stack(list(gates), dim=1), bank).unbind(dim=1))

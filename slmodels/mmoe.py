@@ -30,5 +30,6 @@ class MMoE(nn.Module):
         """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
         x = self.input(categorical_x, numerical_x)
         experts = self.experts(x)  # (B, E, H)
-        scores = [tower(mixture(gate(x), experts)) for gate, tower in zip(self.gates, self.towers, strict=True)]
+        mixed = mixture([gate(x) for gate in self.gates], experts)
+        scores = [tower(h) for tower, h in zip(self.towers, mixed, strict=True)]
         return torch.sigmoid(torch.cat(scores, dim=1))

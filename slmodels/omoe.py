@@ -26,5 +26,5 @@ class OMoE(nn.Module):
     def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
         x = self.input(categorical_x, numerical_x)
-        h = mixture(self.gate(x), self.experts(x))  # (B, H)
+        (h,) = mixture([self.gate(x)], self.experts(x))  # (B, H)
         return torch.sigmoid(torch.cat([tower(h) for tower in self.towers], dim=1))

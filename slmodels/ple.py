@@ -32,11 +32,18 @@ class Extraction(nn.Module):
         """Take T inputs and the shared one, each (B, input_dim); return as many outputs (B, output_dim)."""
         own = [experts(x) for experts, x in zip(self.specific, tasks, strict=True)]  # (B, E, H) each
         common = self.shared(shared)  # (B, E', H)
-        of_tasks = [mixture(gate(x), mine, common)
-                    for gate, x, mine in zip(self.task_gates, tasks, own, strict=True)]
-        if self.shared_gate is None:
-            return of_tasks, None
-        return of_tasks, mixture(self.shared_gate(shared), *own, common)
+        sizes = [bank.shape[1] for bank in own]
+        gates = [gate(x).split([size, common.shape[1]], dim=1)
+                 for gate, x, size in zip(self.task_gates, tasks, sizes, strict=True)]
+        of_shared = [] if self.shared_gate is None else self.shared_gate(shared).split([*sizes, common.shape[1]], dim=1)
+        # Every bank is read once, for all gates over it.
+        from_own = [mixture([gate, *of_shared[t:t + 1]], bank)
+                    for t, ((gate, _), bank) in enumerate(zip(gates, own, strict=True))]
+        from_common = mixture([*(gate for _, gate in gates), *of_shared[-1:]], common)
+        outputs = [mine[0] + other for mine, other in zip(from_own, from_common, strict=False)]
+        if not of_shared:
+            return outputs, None
+        return outputs, sum((mine[1] for mine in from_own), from_common[-1])
 
 
 class PLE(nn.Module):

@@ -293,7 +293,7 @@ def test_both_critics_find_the_return_of_a_two_state_chain(tmp_path: Path, rewar
         return np.where(rng.random((len(state), 2)) < 0.5, agent.select_action(state, noise=False), drawn)
 
     fill(agent, policy)
-    agent.normalise()
+    agent.prepare()
     stored = {name: value[: len(agent.memory)] for name, value in agent.memory.data.items()}
     later = reward_of(play(agent.env, agent)["action"][1], np.float32([0, 1]), reward_type)  # the actor, in s1
     opens = stored["state"][:, :1] == 0
@@ -396,7 +396,7 @@ def test_ids_reach_the_critics_as_they_are(tmp_path: Path, cls: type[DDPG_ESMM])
     dataset = handmade([2] * 20, field_dims=[30, 7])
     agent = uniform(make_agent(tmp_path, dataset, cls, batch_size=40))
     if isinstance(agent, DDPG_ESMM_BC):
-        agent.normalise()
+        agent.prepare()
     transition = agent.memory.sample_batch()
     batch = agent.process_batch(transition)
     row = transition["state"][:, 2].astype(int)  # the first number is the row
@@ -414,7 +414,7 @@ def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: P
     memory, batch = agent.memory.rows.copy(), sample(agent)
     before = {name: {key: value.clone() for key, value in network.state_dict().items()}
               for name, network in agent.networks().items()}
-    agent.normalise()
+    agent.prepare()
     np.testing.assert_array_equal(agent.memory.rows, memory)
     for name, network in agent.networks().items():
         changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[name][key])}
@@ -433,6 +433,19 @@ def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: P
     torch.testing.assert_close(read.eval().score(ids, n, action), q)
     mean, std = (torch.from_numpy(one) for one in (numbers.mean(axis=0), numbers.std(axis=0, ddof=1) + 1e-3))
     torch.testing.assert_close(plain.eval().score(ids, (n - mean) / std, action), q, rtol=1e-4, atol=1e-4)
+
+
+def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its predictions are those of asking again; they are dropped as soon as the memory has changed."""
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "ROWS", 7)
+    agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=30))
+    assert isinstance(agent, DDPG_ESMM_BC)
+    agent.prepare()
+    batch = sample(agent)
+    expected = agent.actor_target(batch["next_categorical_x"], batch["next_numerical_x"])
+    torch.testing.assert_close(batch["next_prediction"], expected, atol=1e-6, rtol=1e-5)
+    uniform(agent)
+    assert "next_prediction" not in sample(agent)
 
 
 def test_ips_weights_are_inverse_shares_of_the_label_and_have_mean_1(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The two hand-written operations against plain torch: same values, same gradients."""
+"""The hand-written operations against plain torch: same values, same gradients."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.kernels import FieldLinear, Gather, relu_dropout
+from layers import kernels
+from layers.kernels import FieldLinear, Gather, Mixture, expert_product, product, relu_dropout
 from layers.layers import FieldInput
 
 FIELD_DIMS = [5, 1, 7]
@@ -66,6 +67,53 @@ def test_fields_linear_is_the_same_on_both_sides_of_its_choice(rows: int) -> Non
     parameters = [weight, *source.parameters()]
     for got, wanted in zip(gradients(y, parameters), gradients(expected, parameters), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+def assert_same(y: Tensor, expected: Tensor, of: Sequence[Tensor]) -> None:
+    """Same values and gradients, relative to the largest: float32, summed in another order."""
+    pairs = zip([y, *gradients(y, of)], [expected, *gradients(expected, of)], strict=True)
+    for got, wanted in pairs:
+        assert got.shape == wanted.shape
+        torch.testing.assert_close(got, wanted, atol=1e-5 * float(wanted.detach().abs().max()), rtol=1e-5)
+
+
+@pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
+def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both ways of computing a product, whatever the processor would choose."""
+    monkeypatch.setattr(kernels, "AVX512", request.param)
+    return bool(request.param)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_large_product_is_a_linear_layer(onednn: bool, contiguous: bool) -> None:
+    x = torch.randn(300, 260) if contiguous else torch.randn(260, 300).T
+    weight, bias = torch.randn(130, 260), torch.randn(130)
+    leaves = [one.requires_grad_() for one in (x, weight, bias)]
+    assert kernels._onednn_is_faster(x, 130, 260) is onednn
+    y = product(x, weight, bias)
+    assert_same(y, F.linear(x, weight, bias), leaves)
+    assert y.is_contiguous()
+
+
+@pytest.mark.parametrize(("rows", "inputs"), [(300, 260), (5, 7)], ids=["large", "small"])
+def test_an_expert_product_is_a_linear_layer_for_each_expert(onednn: bool, rows: int, inputs: int) -> None:
+    h, weight, bias = torch.randn(rows, 3 * inputs), torch.randn(3, 130, inputs), torch.randn(3, 130)
+    leaves = [one.requires_grad_() for one in (h, weight, bias)]
+    assert kernels._onednn_is_faster(h, 130, inputs) is (onednn and rows == 300)
+    plain = [F.linear(part, w, b) for part, w, b in zip(h.split(inputs, dim=1), weight, bias, strict=True)]
+    assert_same(expert_product(h, weight, bias), torch.cat(plain, dim=1), leaves)
+
+
+def test_the_mixtures_gradient_passes_gradcheck() -> None:
+    gates, bank = torch.rand(5, 2, 3, dtype=torch.float64), torch.randn(5, 3, 4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(Mixture.apply, (gates.requires_grad_(), bank.requires_grad_()))
+
+
+def test_relu_dropout_is_the_same_for_any_size_of_its_blocks_where_nothing_is_dropped() -> None:
+    """Every row is written, the last, smaller block included."""
+    x = torch.randn(kernels.BLOCK // 512 * 2 + 3, 512, requires_grad=True)
+    p = 1e-9  # rounds to none dropped
+    assert torch.equal(relu_dropout(x, p, True), F.relu(x))
 
 
 def test_gather_backward_is_the_transpose_of_forward() -> None:

@@ -133,8 +133,8 @@ def test_a_bank_of_experts_is_as_many_perceptrons() -> None:
             first.weight.copy_(bank.first.weight[expert * 6:(expert + 1) * 6])
             first.bias.copy_(bank.first.bias[expert * 6:(expert + 1) * 6])
             for layer, weight, bias in zip(later, bank.weights, bank.biases, strict=True):
-                layer.weight.copy_(weight[expert].T)
-                layer.bias.copy_(bias[expert, 0])
+                layer.weight.copy_(weight[expert])
+                layer.bias.copy_(bias[expert])
         assert_close(bank(x)[:, expert], alone(x))
 
 
@@ -155,15 +155,17 @@ def test_a_gate_is_a_distribution(seed: int, scale: float) -> None:
     assert_close(gate.sum(dim=1), torch.ones(8))
 
 
-@pytest.mark.parametrize("banks", [[3], [2, 3], [1, 4, 2]], ids=str)
-def test_a_mixture_is_the_weighted_sum_over_all_banks(banks: list[int]) -> None:
-    gate = torch.rand(8, sum(banks), requires_grad=True)
-    experts = [torch.randn(8, count, 4, requires_grad=True) for count in banks]
-    upstream = torch.randn(8, 4)
-    plain = (gate[:, :, None] * torch.cat(experts, dim=1)).sum(dim=1)
-    assert_close(mixture(gate, *experts), plain)
-    for one, two in zip(torch.autograd.grad((mixture(gate, *experts) * upstream).sum(), [gate, *experts]),
-                        torch.autograd.grad((plain * upstream).sum(), [gate, *experts]), strict=True):
+@pytest.mark.parametrize("gate_num", [1, 2, 3])
+def test_mixtures_are_the_weighted_sums_over_a_bank(gate_num: int) -> None:
+    gates = [torch.rand(8, 5, requires_grad=True) for _ in range(gate_num)]
+    bank = torch.randn(8, 5, 4, requires_grad=True)
+    upstream = torch.randn(gate_num, 8, 4)
+    plain = [(gate[:, :, None] * bank).sum(dim=1) for gate in gates]
+    mixed = mixture(gates, bank)
+    for one, two in zip(mixed, plain, strict=True):
+        assert_close(one, two)
+    for one, two in zip(torch.autograd.grad((torch.stack(mixed) * upstream).sum(), [*gates, bank]),
+                        torch.autograd.grad((torch.stack(plain) * upstream).sum(), [*gates, bank]), strict=True):
         assert_close(one, two)
 
 

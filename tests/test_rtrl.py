@@ -460,6 +460,16 @@ def test_ids_numbers_and_labels_of_a_row_stay_together() -> None:
         assert (ids.dtype, numbers.dtype, labels.dtype) == (torch.int64, torch.float32, torch.float32)
 
 
+@given(rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), st.sampled_from([0.0, 1.5, -2.0])), min_size=1))
+def test_distinct_rows_are_what_numpy_finds(rows: list[tuple[int, int, float]]) -> None:
+    data_set, table = numbered(len(rows)), np.array(rows)
+    data_set.set_ids(table[:, :2].astype(np.int64), [3, 2])
+    data_set.numerical = table[:, 2:].astype(np.float32)
+    distinct, place = (one.numpy() for one in Batches(data_set, 4).distinct)
+    assert len(distinct) == len(np.unique(table, axis=0))
+    np.testing.assert_array_equal(table[distinct][place], table)
+
+
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
     def order(seed: int, epoch: int, warm_up: int = 0) -> list[int]:
         batches = Batches(numbered(50), 7, seed=seed)

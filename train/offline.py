@@ -69,7 +69,7 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
     stopper = stopper or ConvergeStopper(3, 0.02)
     _prepare_memory(agent, init_episode, Path(memory_path), memory_identity or {}, seed, refill)
     if isinstance(agent, DDPG_ESMM_BC):
-        agent.normalise()
+        agent.prepare()
     rows: list[dict[str, Any]] = []
     revived, first, going = 0, 1, True
     fingerprint = str(agent.identity.get("data"))

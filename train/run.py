@@ -54,7 +54,7 @@ __all__ = [
 
 Predictions = list[NDArray[np.float32]]
 BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, DROPOUT = (512, 256), (128, 64), 0.2
-EVALUATION_BATCH = 16_384  # rows; evaluation keeps no gradients
+EVALUATION_BATCH = 4096  # rows: activations that are still in the cache when the next layer reads them
 
 
 class Polisher(Protocol):
@@ -151,11 +151,17 @@ def _diverged(what: str) -> UserError:
 
 @torch.no_grad()
 def slpred(model: nn.Module, data_loader: Batches, task_num: int, device: torch.device | str) -> Predictions:
-    """Predict; return for each of `task_num` tasks the predictions of all rows (n,), in the loader's order."""
+    """Predict; return for each of `task_num` tasks the predictions of all rows (n,), in the order of the data set.
+
+    Rows that are equal are predicted once (`Batches.distinct`).
+    """
     model.eval()
-    parts = [model(categorical_x.to(device), numerical_x.to(device))
-             for categorical_x, numerical_x, _ in tqdm(data_loader, "predict", unit="batch", leave=False, disable=None)]
-    whole = torch.cat(parts).cpu().numpy()
+    categorical_x, numerical_x, _ = data_loader.tensors
+    distinct, place = data_loader.distinct
+    parts = [model(categorical_x[rows].to(device), numerical_x[rows].to(device))
+             for rows in tqdm(distinct.split(data_loader.batch_size), "predict", unit="batch", leave=False,
+                              disable=None)]
+    whole = torch.cat(parts)[place.to(device)].cpu().numpy()
     return [whole[:, task] for task in range(task_num)]
 
 
