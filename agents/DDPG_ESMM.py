@@ -17,6 +17,7 @@ from agents.ReplayBuffer import ReplayBuffer, Transition
 from env import MTEnv
 from layers import Critic, CriticNeg
 from slmodels import build
+from train import world
 from train.checkpoint import load_model, save_model
 from train.utils import get_optim_param, set_optim_param
 
@@ -104,7 +105,14 @@ class DDPG_ESMM:
         batch["categorical_x"], batch["numerical_x"] = self._split(tensors["state"])
         batch["next_categorical_x"], batch["next_numerical_x"] = self._split(tensors["next_state"])
         batch["weight"] = torch.ones_like(batch["reward"])
+        batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
         return batch
+
+    def sample(self) -> tuple[Tensors, float]:
+        """A batch from the memory, this process's share of it, and which share that is (1 where it is alone)."""
+        batch = self.process_batch(self.memory.sample_batch())
+        tensors, part = world.share(list(batch.values()))
+        return dict(zip(batch, tensors, strict=True)), part
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
         """Mean squared TD error of one critic, times the sample weight."""
@@ -120,21 +128,23 @@ class DDPG_ESMM:
         if "next_prediction" not in transition:  # both critics look at the same next states
             transition["next_prediction"] = self.actor_target(*state)
         action = transition["next_prediction"][:, critic_id:critic_id + 1]
-        noise = (torch.randn_like(action) * POLICY_NOISE).clamp(-NOISE_CLIP, NOISE_CLIP)
-        action = (action + noise).clamp(0.0, 1.0)
+        noise = transition["noise"][:, critic_id:critic_id + 1] * POLICY_NOISE
+        action = (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(0.0, 1.0)
         was_training = critic.training
         next_q = torch.minimum(critic_target(*state, action), critic.eval()(*state, action))
         critic.train(was_training)
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
-    def get_aloss(self, transition: Tensors) -> tuple[Tensor, Tensor]:
+    def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
         """The actor's two losses: -lambda mean(Q_1 + Q_2), and the pull to the pretrained actor, actor_reg
-        mean (a - a_pretrained)^2. lambda = 1 / mean|Q(s, a)| over the batch's own actions (TD3+BC, equation (5))."""
+        mean (a - a_pretrained)^2. lambda = 1 / mean|Q(s, a)| over the batch's own actions (TD3+BC, equation (5)), the
+        whole batch's where `transition` is a part of it."""
         state = transition["categorical_x"], transition["numerical_x"]
         action = self.actor(*state)
         q = self._values(state, action)
         with torch.no_grad():
-            scale = 1.0 / self._values(state, transition["action"]).abs().mean().clamp(min=1e-6)
+            size = world.total(part * self._values(state, transition["action"]).abs().mean())
+            scale = 1.0 / size.clamp(min=1e-6)
             pretrained = self.pretrain_actor(*state)
         return -scale * q.sum(dim=0).mean(), self.actor_reg * F.mse_loss(action, pretrained)
 
@@ -146,34 +156,37 @@ class DDPG_ESMM:
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One DDPG update: both critics, then, after init_training_step, the actor. Returns the losses of critic 1 and
         2 and of the actor, and its pull to the pretrained one."""
-        transition = self.process_batch(self.memory.sample_batch())
-        closses = self._update_critics(transition)
-        aloss, aloss_reg = self._actor_losses(transition)
+        transition, part = self.sample()
+        closses = self._update_critics(transition, part)
+        aloss, aloss_reg = self._actor_losses(transition, part)
         if self.updates > self.init_training_step and self.updates % self.actor_update_freq == 0:
             self.actor_optimizer.zero_grad()
-            (aloss + aloss_reg).backward()
+            (part * (aloss + aloss_reg)).backward()
+            world.sum_gradients(self.actor)
             self.actor_optimizer.step()
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
-        return closses[0], closses[-1], aloss.detach(), aloss_reg.detach()
+        aloss, aloss_reg = world.total(part * torch.stack([aloss, aloss_reg]).detach())
+        return closses[0], closses[-1], aloss, aloss_reg
 
-    def _update_critics(self, transition: Tensors) -> list[Tensor]:
+    def _update_critics(self, transition: Tensors, part: float) -> Tensor:
         closses = []
         for task, (critic, target, optimizer) in enumerate(self.critics()):
             critic.train()
             closs = self.get_closs(task, critic, target, transition)
             optimizer.zero_grad()
-            closs.backward()
+            (part * closs).backward()
+            world.sum_gradients(critic)
             optimizer.step()
             closses.append(closs.detach())
         self.updates += 1
-        return closses
+        return world.total(part * torch.stack(closses))
 
-    def _actor_losses(self, transition: Tensors) -> tuple[Tensor, Tensor]:
+    def _actor_losses(self, transition: Tensors, part: float) -> tuple[Tensor, Tensor]:
         self.actor.train()
         for critic, _, _ in self.critics():
             critic.eval()
-        return self.get_aloss(transition)
+        return self.get_aloss(transition, part)
 
     def _target_soft_update(self, tau: float) -> None:
         """Move every target by tau towards its network."""

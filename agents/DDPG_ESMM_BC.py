@@ -11,6 +11,7 @@ from torch import Tensor
 from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
 from agents.ReplayBuffer import Transition
+from train import world
 
 RECORD_FREQ = 50  # updates between two looks at the actor's losses, which train nothing here
 ROWS = 4096  # next states that the actor is asked about at once
@@ -54,11 +55,12 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
 
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One update of both critics. Returns their losses, and the actor's two losses as last recorded."""
-        transition = self.process_batch(self.memory.sample_batch())
-        closses = self._update_critics(transition)
+        transition, part = self.sample()
+        closses = self._update_critics(transition, part)
         if self.updates % RECORD_FREQ == 1:
             with torch.no_grad():
-                self.recorded = self._actor_losses(transition)
+                aloss, aloss_reg = world.total(part * torch.stack(self._actor_losses(transition, part)))
+                self.recorded = aloss, aloss_reg
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
         return closses[0], closses[-1], *self.recorded

@@ -45,7 +45,8 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if company.leads:
+                print(f"error: {error}", file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt:
             print("\nstopped: what was finished is kept; the same command with --resume goes on where it has one",
@@ -56,6 +57,21 @@ def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
+
+
+class Company:
+    """The processes that run the same program on the same data side by side: one writes, the others wait for it.
+
+    A program is alone unless `train.world` finds others.
+    """
+
+    leads = True
+
+    def wait(self) -> None:
+        """Until all have come here."""
+
+
+company = Company()
 
 
 @contextmanager
@@ -77,7 +93,10 @@ def atomic_file(path: Path) -> Iterator[Path]:
             yield partial
             with open(partial, "rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+            company.wait()  # nobody looks for the file any more, and nobody goes on before it is there
+            if company.leads:
+                os.replace(partial, path)
+            company.wait()
         finally:
             partial.unlink(missing_ok=True)
 
@@ -90,7 +109,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             partial.mkdir(parents=True)
             yield partial
-            os.rename(partial, path)
+            company.wait()
+            if company.leads:
+                os.rename(partial, path)
+            company.wait()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -100,7 +122,7 @@ def check_writable(*folders: Path) -> None:
     for folder in folders:
         with atomic_file(folder / ".writable") as partial:
             partial.touch()
-        (folder / ".writable").unlink()
+        (folder / ".writable").unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -174,7 +174,7 @@ class ReluDropout(torch.autograd.Function):
     """ReLU, then dropout with probability p: what passes is scaled by 1 / (1 - p).
 
     On a CPU torch draws its masks one number after the other, a quarter of a training step. Here one torch number
-    seeds SFC64, which fills 16 bits a number; p is rounded to a multiple of 2^-16. The mask need not be kept: what
+    seeds PCG64, which fills 16 bits a number; p is rounded to a multiple of 2^-16. The mask need not be kept: what
     passed is positive. Work goes in blocks that stay in the processor's cache.
     """
 
@@ -182,12 +182,12 @@ class ReluDropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = round(p * 65536)
         ctx.scale = 65536 / (65536 - dropped)
-        generator = np.random.SFC64(int(torch.randint(2**62, ())))
-        output = torch.empty_like(x)
-        rows = max(1, BLOCK // x[0].numel())
-        for block, result in zip(x.split(rows), output.split(rows), strict=True):
-            words = generator.random_raw(-(-block.numel() // 4))
-            bits = torch.from_numpy(words.view(np.int16)[: block.numel()].reshape(block.shape))
+        words, before = divmod(first_row * x[0].numel(), 4)  # of the whole batch's random numbers
+        generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(words)
+        drawn = generator.random_raw(-(-(before + x.numel()) // 4)).view(np.int16)[before:before + x.numel()]
+        output, rows = torch.empty_like(x), max(1, BLOCK // x[0].numel())
+        blocks = zip(x.split(rows), torch.from_numpy(drawn).view(x.shape).split(rows), output.split(rows), strict=True)
+        for block, bits, result in blocks:
             # A mask of numbers, by way of bytes: multiplying by booleans would convert them one at a time.
             mask = (bits >= dropped - 32768).view(torch.uint8).to(x.dtype).mul_(ctx.scale)
             torch.clamp(block, min=0, out=result).mul_(mask)
@@ -201,6 +201,7 @@ class ReluDropout(torch.autograd.Function):
 
 
 BLOCK = 2**18  # numbers
+first_row = 0  # of the whole batch, where this process has a share of it (`train.world.share`)
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:

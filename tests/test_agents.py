@@ -347,8 +347,8 @@ def test_nothing_is_bootstrapped_past_a_sessions_end(tmp_path: Path) -> None:
     assert done.sum() == 4
     targets = []
     for _ in range(2):
-        batch = agent.process_batch(transition)
         torch.manual_seed(1)
+        batch = agent.process_batch(transition)
         targets.append(torch.stack([agent.td_target(task, critic, target, batch)
                                     for task, (critic, target, _) in enumerate(agent.critics())], dim=1))
         transition["next_state"][done] = [2, 3, 1e6, -1e6]

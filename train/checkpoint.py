@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dataset import files
 from dataset.files import UserError, atomic_file, write_json, write_text
 from train.Arguments import RLArguments, SLArguments
 
@@ -126,7 +127,7 @@ class RunFolder:
         Without `resume` the state of an earlier run is set aside as `state.previous.pt`.
         """
         if not resume:
-            if self.state.exists():
+            if files.company.leads and self.state.exists():
                 os.replace(self.state, self.state.with_name("state.previous.pt"))
             return None
         if not self.state.exists():

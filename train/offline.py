@@ -38,8 +38,10 @@ def fill(agent: DDPG_ESMM, policy: Policy, episodes: NDArray[np.int64] | None = 
     state, _ = env.reset()
     with tqdm(total=count, desc="memory", unit=" sessions", leave=False, disable=None) as bar:
         while env.episode.min() < count:
-            next_state, reward, done, _, info = env.step(policy(state))
-            new = info["episode"] < count  # lanes that found no further session have begun the next pass
+            new = env.episode < count  # lanes that found no further session have begun the next pass
+            action = np.zeros((len(new), agent.task_num), np.float32)
+            action[new] = policy(state[new])
+            next_state, reward, done, _, info = env.step(action)
             agent.memory.store(state[new], info["action"][new], info["final_obs"][new], reward[new], done[new],
                                info["label"][new])
             state, stored = next_state, stored + int(new.sum())

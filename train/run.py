@@ -6,6 +6,7 @@ best model. The loops of offline RL are in `train.offline` and can be had from h
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from dataset.prepare import prepare
 from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import Size, simulate
 from slmodels import AITM, build
+from train import world
 from train.Arguments import SLArguments
 from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
 from train.offline import (
@@ -79,7 +81,7 @@ def get_dataset(name: str, path: str, numerical: str = "session") -> Splits:
               f"For your own RetailRocket files: python3 -m dataset.prepare --raw DIR --out {folder}\n")
         if not raw.exists():
             simulate(raw, Size())
-        if folder.exists():
+        with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         prepare(raw, folder)
     return load_splits(folder, cast(Numerical, numerical))
@@ -106,7 +108,7 @@ def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: i
 def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Batches,
             criterion: Callable[[Tensor, Tensor], Tensor], device: torch.device | str,
             polisher: Polisher | None = None, log_interval: int = 100) -> float:
-    """Train for one epoch.
+    """Train for one epoch; with several processes (`train.world`) each works on its share of every batch.
 
     Args:
         criterion: predictions and labels (B, T) to losses, (B, T) or their mean ().
@@ -120,7 +122,8 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
     total, rows = torch.zeros((), device=device), 0
     with tqdm(data_loader, "train", unit="batch", leave=False, disable=None) as bar:
         for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
-            categorical_x, numerical_x, labels = (x.to(device) for x in (categorical_x, numerical_x, labels))
+            (categorical_x, numerical_x, labels), part = world.share(
+                [x.to(device) for x in (categorical_x, numerical_x, labels)])
             predictions = model(categorical_x, numerical_x)
             labels = labels[:, : predictions.shape[1]]
             try:
@@ -133,13 +136,15 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
             if isinstance(model, AITM):
                 loss = loss + model.penalty(predictions)
             optimizer.zero_grad()
-            loss.backward()
+            (part * loss).backward()
+            world.sum_gradients(model)
             optimizer.step()
             total += loss.detach() * len(labels)
             rows += len(labels)
             if step % log_interval == 0 or step == len(data_loader):
                 bar.set_postfix(loss=f"{float(total) / rows:.4f}")
-    mean = float(total) / max(rows, 1)
+    total, count = world.total(torch.stack([total, torch.tensor(rows, dtype=total.dtype, device=total.device)]))
+    mean = float(total / count)
     if not np.isfinite(mean):
         raise _diverged(f"the training loss is {mean}")
     return mean
@@ -153,15 +158,16 @@ def _diverged(what: str) -> UserError:
 def slpred(model: nn.Module, data_loader: Batches, task_num: int, device: torch.device | str) -> Predictions:
     """Predict; return for each of `task_num` tasks the predictions of all rows (n,), in the order of the data set.
 
-    Rows that are equal are predicted once (`Batches.distinct`).
+    Rows that are equal are predicted once (`Batches.distinct`), by one of the processes.
     """
     model.eval()
     categorical_x, numerical_x, _ = data_loader.tensors
     distinct, place = data_loader.distinct
+    (distinct,), _ = world.share([distinct])
     parts = [model(categorical_x[rows].to(device), numerical_x[rows].to(device))
              for rows in tqdm(distinct.split(data_loader.batch_size), "predict", unit="batch", leave=False,
                               disable=None)]
-    whole = torch.cat(parts)[place.to(device)].cpu().numpy()
+    whole = world.gather(parts)[place.to(device)].cpu().numpy()
     return [whole[:, task] for task in range(task_num)]
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dataset.files import UserError, read_json, write_json
 from dataset.rtrl import RetailRocketRLDataset, Splits
+from train import world
 
 
 class Catemapper:
@@ -177,7 +178,8 @@ class RlLossPolisher:
                 q = labels * q
             w = -q if self.method == "critic" else 1 - self.polish_lambda * q
             if self.method == "shuffled":
-                w = w[torch.randperm(len(w), device=w.device)]
+                whole = world.gather([w])
+                (w,), _ = world.share([whole[torch.randperm(len(whole), device=w.device)]])
         self.seen.append(w)
         return w
 
@@ -186,7 +188,7 @@ class RlLossPolisher:
 
         Effective sample size, as a share of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
-        w = torch.cat(self.seen).double().cpu().numpy()  # (n, T)
+        w = world.gather(self.seen).double().cpu().numpy()  # (n, T)
         self.seen = []
         figures: dict[str, float] = {}
         for task, name in enumerate(task_names[: w.shape[1]]):
@@ -251,7 +253,7 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device: '{name}' cannot be used here: {reason} (try --device=cpu)") from error
     if device.type == "cpu":
         _keep_freed_memory()
-    return device
+    return world.join(device)
 
 
 def _keep_freed_memory() -> None:
