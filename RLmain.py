@@ -32,7 +32,7 @@ def create_sub_agent(env: MTEnv, actor_name: str, agentcls: type[DDPG_ESMM], hyp
 
 def main(settings: RLArguments) -> DDPG_ESMM:
     """One run from the tables and the baseline to critics that have converged. Raises UserError."""
-    device = pick_device(settings.device)
+    device = pick_device(settings.device, settings.precision)
     run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
     baseline = Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.actor_name}.pt"
     if not baseline.exists():

@@ -49,7 +49,8 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
 
 def train_baseline(settings: SLArguments) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
-    device, run, baseline = pick_device(settings.device), RunFolder.of_model(settings), baseline_path(settings)
+    device = pick_device(settings.device, settings.precision)
+    run, baseline = RunFolder.of_model(settings), baseline_path(settings)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, baseline.parent)
     catemapper = map_splits(splits, settings.feature_map_rate)
@@ -69,7 +70,7 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
 
 def polish(settings: SLArguments) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
-    device, run = pick_device(settings.device), RunFolder.of_model(settings)
+    device, run = pick_device(settings.device, settings.precision), RunFolder.of_model(settings)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims

@@ -6,6 +6,7 @@ name (`*.partial`) and is moved into place, so that no reader ever meets half a 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import functools
@@ -155,6 +156,36 @@ def read_json(path: Path) -> dict[str, Any]:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_memory(needed: float, what: str) -> None:
+    """Raise UserError where so many bytes are not free: better refused now than killed halfway."""
+    free = _free_memory()
+    if needed > free:
+        raise UserError(f"{what}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB are "
+                        "free: take fewer rows, or a machine with more memory")
+
+
+def _free_memory() -> float:
+    """Bytes that the system, or the control group this process lives in, can still give; infinity where unknown."""
+    free = float("inf")
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        (line,) = re.findall(r"MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text())
+        free = int(line) * 1024.0
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
+        (cached,) = re.findall(r"^file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, float(limit - used + int(cached)))
+    return free
+
+
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
+
+def count_lines(path: Path) -> int:
+    """How many lines a file has, without reading it whole."""
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
 def read_table(path: Path, columns: Mapping[str, Kind], optional: Sequence[str] = ()) -> pd.DataFrame:

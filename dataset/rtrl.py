@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.files import Kind, UserError, read_json, read_table, sha256
+from dataset.files import Kind, UserError, check_memory, count_lines, read_json, read_table, sha256
 from dataset.prepare import LONG_TAILED, PROPERTIES, SPLITS
 from dataset.simulate import TRUTH_KINDS
 
@@ -30,6 +30,7 @@ Numerical = Literal["session", "none"]
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
 
 NUMERICAL = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
+BYTES_A_ROW = 256  # at the most, while tables become arrays (measured by `bench.scale`)
 _PUBLISHED: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
     "categorical": list(PROPERTIES),
@@ -228,6 +229,8 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "anew with python3 -m dataset.prepare")
+    rows = sum(count_lines(path / f"{name}.csv") for name in SPLITS)
+    check_memory(rows * BYTES_A_ROW, f"{path}: {rows:,} rows")
     prepared = (path / "manifest.json").exists()
     manifest = _check_manifest(path, files) if prepared else dict(_PUBLISHED)
     outputs = manifest["outputs"] if prepared else {name: sha256(path / name) for name in files}

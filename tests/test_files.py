@@ -14,6 +14,7 @@ from conftest import complaint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset import files
 from dataset.files import (
     MAX_ID,
     Kind,
@@ -367,3 +368,32 @@ def test_tensors_there_and_back(tmp_path: Path) -> None:
     assert torch.equal(read.pop("x"), torch.arange(3))
     assert read == {"names": ["a", "b"], "epoch": 2}
     assert "no such file" in complaint(lambda: load_tensors(tmp_path / "absent.pt", "train it"))
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_what_does_not_fit_is_refused_with_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  9999 kB\nMemAvailable:  3145728 kB\n")
+    monkeypatch.setattr(files, "PROC", tmp_path)
+    monkeypatch.setattr(files, "CGROUP", tmp_path)
+    files.check_memory(2.9 * 2**30, "big")
+    text = complaint(lambda: files.check_memory(3.5 * 2**30, "big"))
+    assert text.startswith("big: about 3.5 GiB of memory are needed, 3.0 GiB are free:")
+    (tmp_path / "memory.max").write_text("2147483648\n")
+    (tmp_path / "memory.current").write_text("1610612736\n")
+    (tmp_path / "memory.stat").write_text("anon 1\nfile 536870912\n")
+    assert "1.0 GiB are free" in complaint(lambda: files.check_memory(3.5 * 2**30, "big"))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert "3.0 GiB are free" in complaint(lambda: files.check_memory(3.5 * 2**30, "big"))
+
+
+def test_where_nothing_is_known_of_memory_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "PROC", tmp_path)
+    monkeypatch.setattr(files, "CGROUP", tmp_path)
+    files.check_memory(2**60, "big")
+
+
+def test_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"a\n" * 700_000 + b"b")
+    assert files.count_lines(tmp_path / "a.csv") == 700_000

@@ -15,6 +15,7 @@ from conftest import complaint
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset import files
 from dataset.files import sha256
 from dataset.prepare import PROPERTIES, SPLITS
 from dataset.rtrl import (
@@ -480,3 +481,8 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
     assert order(1, 3) == order(1, 3, warm_up=2)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (1, 2, 3)}) == 6
+
+
+def test_a_table_larger_than_memory_is_refused(rt_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_free_memory", lambda: 2.0**20)
+    assert " rows: about 0.0 GiB of memory are needed" in complaint(lambda: load_splits(rt_tables))

@@ -51,6 +51,9 @@ class DataArguments:
                              choices=["session", "none"])
     pretrain_path: str = setting("pretrain", "the folder of baselines")
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
+    precision: str = setting(
+        "float32", "of matrix products: float32; tf32 and bf16 are faster on processors that have them, and coarser: "
+        "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
     seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on where a run with the same settings was stopped")
 

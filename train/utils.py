@@ -241,8 +241,12 @@ def set_seed(seed: int, *more: int) -> None:
     torch.manual_seed(mixed % 2**63)
 
 
-def pick_device(name: str) -> torch.device:
-    """Give the device of that name; `auto` is the best there is. Raises UserError where it cannot be used."""
+def pick_device(name: str, precision: str = "float32") -> torch.device:
+    """Give the device of that name; `auto` is the best there is. Raises UserError where it cannot be used.
+
+    precision: of matrix products from now on (`tf32`, `bf16`: rounded factors, sums in float32).
+    """
+    torch.set_float32_matmul_precision({"float32": "highest", "tf32": "high", "bf16": "medium"}[precision])
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
