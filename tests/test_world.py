@@ -30,30 +30,36 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def finished(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Path, str]]:
-    """A folder in which one process has run all of RUNS, and one in which two have; and what they printed."""
-    both = {}
-    for processes in (1, 2):
-        folder = tmp_path_factory.mktemp(f"processes{processes}")
+def finished(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str]]:
+    """A folder in which one process has run all of RUNS, and one in which two have; and what they printed.
+
+    Each run of the two starts from the baseline and the critics of the one.
+    """
+    folders = [tmp_path_factory.mktemp(f"processes{count}") for count in (1, 2)]
+    printed = ["", ""]
+    for folder in folders:
         shutil.copytree(rt_tables, folder / "dataset" / "rt")
-        printed = ""
-        for program, *flags in RUNS.values():
-            if processes == 1:
-                done = run(folder, program, *flags)
-            else:
-                done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                                       "--standalone", str(REPOSITORY / program), *flags], cwd=folder,
-                                      env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+    for program, *flags in RUNS.values():
+        for number, done in enumerate((run(folders[0], program, *flags), together(folders[1], program, *flags))):
             assert done.returncode == 0, done.stderr
-            printed += done.stdout
-        both[processes] = folder, printed
-    return both
+            printed[number] += done.stdout
+        for path in ("pretrain/rt_ple.pt", *(f"chkpt/RL/res_TD3BC_ple/critic{task}.pth" for task in (1, 2))):
+            if (folders[0] / path).exists():
+                shutil.copy(folders[0] / path, folders[1] / path)
+    return list(zip(folders, printed, strict=True))
+
+
+def together(cwd: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in two processes."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+                           str(REPOSITORY / program), *flags], cwd=cwd, env=ENVIRONMENT, capture_output=True,
+                          text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize("path", RUNS)
-def test_two_processes_reach_the_metrics_of_one(finished: dict[int, tuple[Path, str]], path: str) -> None:
+def test_two_processes_reach_the_metrics_of_one(finished: list[tuple[Path, str]], path: str) -> None:
     tables = []
-    for folder, _ in finished.values():
+    for folder, _ in finished:
         with open(folder / path, encoding="utf-8", newline="") as file:
             tables.append(list(csv.DictReader(file)))
     one, two = tables
@@ -62,25 +68,20 @@ def test_two_processes_reach_the_metrics_of_one(finished: dict[int, tuple[Path, 
         for name, value in mine.items():
             if name == "split" or not value:
                 assert theirs[name] == value
-            else:
-                # Sums in another order differ in the 7th digit. Runs that start from another run's results, and
-                # critics, whose targets are their own predictions, carry that further; other random numbers would
-                # show in the first digit.
-                tolerance = 1e-4 if path == "chkpt/SL/rt_ple/metrics.csv" else 5e-3
+            else:  # sums in another order; the ranks of a critic that is almost constant hang on its last digits
+                tolerance = 2e-3 if name.startswith("rank_correlation") else 1e-3
                 np.testing.assert_allclose(float(theirs[name]), float(value), rtol=tolerance, atol=1e-6, err_msg=name)
 
 
-def test_one_of_the_processes_speaks_and_writes(finished: dict[int, tuple[Path, str]]) -> None:
-    alone, together = finished[1], finished[2]
-    assert len(together[1].splitlines()) == len(alone[1].splitlines())
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder, _ in (alone, together)]
+def test_one_of_the_processes_speaks_and_writes(finished: list[tuple[Path, str]]) -> None:
+    lines = [len(printed.splitlines()) for _, printed in finished]
+    assert lines[0] == lines[1] > 20
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder, _ in finished]
     assert names[0] == names[1], "no partial files of those who do not write"
 
 
 def test_a_users_mistake_is_told_once(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                           str(REPOSITORY / "SLmain.py"), "--dataset_name=nowhere"], cwd=tmp_path,
-                          env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120)
+    done = together(tmp_path, "SLmain.py", "--dataset_name=nowhere")
     assert done.returncode != 0
     assert done.stderr.count("error: dataset/nowhere: no such data set") == 1
 
