@@ -20,11 +20,11 @@ from train import world
 
 SIZES = ("--embed_dim=16", "--expert_num=4", "--epoch=2")
 TRAIN = ("SLmain.py", "--model_name=ple", "--batch_size=333", *SIZES)
-CRITICS = ("RLmain.py", "--actor_name=ple", "--batch_size=101", "--epoch_updates=20", "--init_episode=50", *SIZES)
+CRITICS = ("RLmain.py", "--actor_name=ple", "--batch_size=101", "--epoch_updates=4", "--init_episode=50", *SIZES)
 RUNS = {
     "chkpt/SL/rt_ple/metrics.csv": TRAIN,
     "chkpt/RL/res_TD3BC_ple/metrics.csv": CRITICS,
-    "chkpt/RL/res_DDPG_ple/metrics.csv": (*CRITICS, "--agent=ddpg", "--init_training_step=10"),
+    "chkpt/RL/res_DDPG_ple/metrics.csv": (*CRITICS, "--agent=ddpg", "--init_training_step=2"),
     "chkpt/SL/rt_ple/rt_ple_1.0_shuffled/metrics.csv": (*TRAIN, "--polish=1", "--polish_method=shuffled"),
 }
 
@@ -68,8 +68,9 @@ def test_two_processes_reach_the_metrics_of_one(finished: list[tuple[Path, str]]
         for name, value in mine.items():
             if name == "split" or not value:
                 assert theirs[name] == value
-            else:  # sums in another order; the ranks of a critic that is almost constant hang on its last digits
-                tolerance = 2e-3 if name.startswith("rank_correlation") else 1e-3
+            else:  # Sums in another order, and few steps: learning doubles such differences again and again. The ranks
+                # of a critic that is almost constant hang on its last digits.
+                tolerance = 2e-3 if name.startswith("rank_correlation") else 1e-4
                 np.testing.assert_allclose(float(theirs[name]), float(value), rtol=tolerance, atol=1e-6, err_msg=name)
 
 
