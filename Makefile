@@ -1,10 +1,11 @@
 # make demo   set up the environment, then run the documented commands
+# make bench  time everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
 # make test   set up the environment, then lint, type-check and test (under 10 minutes on 2 cores)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow bench lint clean
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
@@ -16,6 +17,10 @@ test: lint
 
 test-slow: .venv/dev.stamp
 	$(PY) -m pytest -m slow
+
+bench: .venv/bench.stamp
+	$(PY) -m bench
+	$(PY) -m bench.scale
 
 lint: .venv/dev.stamp
 	$(PY) -m ruff check .
@@ -30,6 +35,10 @@ lint: .venv/dev.stamp
 
 .venv/dev.stamp: requirements-dev.txt .venv/run.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/bench.stamp: requirements-bench.txt .venv/run.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
 	touch $@
 
 clean:

@@ -84,11 +84,12 @@ def part(split: RetailRocketRLDataset, rows: np.ndarray[Any, Any]) -> RetailRock
 
 def train(folder: Path, side: str, name: str) -> Figures:
     """Training rows a second, and the floating-point operations that a step executes for each row."""
-    rows = part(data(folder).train, np.arange(TRAINING_ROWS))
+    split = data(folder).train
+    rows = part(split, np.arange(min(len(split), TRAINING_ROWS)))
     step, epoch = SIDES[side](name, rows)[:2]
     with FlopCounterMode(display=False) as counter:
         step()
-    return {"rows_per_s": rate(epoch, TRAINING_ROWS), "flop_per_row": counter.get_total_flops() / BATCH}
+    return {"rows_per_s": rate(epoch, len(rows)), "flop_per_row": counter.get_total_flops() / min(len(rows), BATCH)}
 
 
 def evaluate_distinct(folder: Path, side: str, name: str) -> Figures:
@@ -112,7 +113,7 @@ def ours(name: str, rows: RetailRocketRLDataset) -> Run:
     set_seed(SEED)
     model = get_model(name, rows.field_dims, rows.numerical_num, 2, EXPERTS, EMBED_DIM)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    loader, few = (Batches(part(rows, np.arange(count)), BATCH, device, SEED) for count in (len(rows), BATCH))
+    loader, few = (Batches(part(rows, np.arange(len(rows))[:count]), BATCH, device, SEED) for count in (None, BATCH))
     held_out, criterion = Batches(rows, EVALUATION_BATCH, device), nn.BCELoss(reduction="none")
     return (lambda: sltrain(model, optimizer, few, criterion, device),
             lambda: sltrain(model, optimizer, loader, criterion, device),
