@@ -66,7 +66,11 @@ def main() -> None:
             results.append({"rows": rows, **measure(Path(folder))})
         print(json.dumps(results[-1]), flush=True)
     write_json(out / "scale.json", {"machine": machine(), "command": " ".join(COMMAND), "results": results})
+    plot(results, out / "scale.png")
 
+
+def plot(results: list[dict[str, float]], path: Path) -> None:
+    """Seconds and memory over the rows, beside the line from the first point to the last."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     rows_m = [one["rows"] / 1e6 for one in results]
@@ -76,12 +80,13 @@ def main() -> None:
         slope = (values[-1] - values[0]) / (rows_m[-1] - rows_m[0])
         axes.plot(rows_m, [values[0] + slope * (x - rows_m[0]) for x in rows_m], ":", color="grey", label="linear")
         axes.plot(rows_m, values, "o", label=f"measured: {slope:.2g} a million rows")
-        axes.set_xlabel("million rows, from CSV to test metrics (ESMM, 1 epoch)")
+        axes.set_xlabel("million rows")
         axes.set_ylabel(label)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
-    with atomic_file(out / "scale.png") as partial:
+    figure.suptitle("SLmain.py, from CSV to test metrics: ESMM, 1 epoch", fontsize=10)
+    with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
 
 
