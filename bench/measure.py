@@ -222,8 +222,10 @@ def critics(folder: Path) -> Figures:
 
 def real_size(folder: Path) -> Figures:
     """Seconds and memory of dataset.prepare on as many rows as RetailRocket has."""
-    if not (folder / "real").exists():
-        simulate(folder / "real", REAL)
+    if not (folder / "real").exists():  # by a process of its own: its memory is not prepare's
+        sizes = [f"--{name}={getattr(REAL, name)}" for name in ("events", "items", "property_rows")]
+        subprocess.run([sys.executable, "-m", "dataset.simulate", "--out", str(folder / "real"), *sizes],
+                       cwd=REPOSITORY, check=True, capture_output=True)
     with tempfile.TemporaryDirectory(dir=folder) as out:
         took = seconds(lambda: prepare(folder / "real", Path(out) / "rt"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
