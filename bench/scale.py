@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from bench.__main__ import machine
 from bench.measure import REPOSITORY, data
 from dataset.files import atomic_file, write_json
-from dataset.prepare import SPLITS
+from dataset.mdp import SPLITS
 
 MILLIONS = (0.1, 0.3, 1.0, 3.0, 10.0)
 COMMAND = ("SLmain.py", "--dataset_name=scaled", "--model_name=esmm", "--epoch=1")

@@ -1,15 +1,16 @@
 """MDP tables to arrays: what `dataset.prepare` wrote, or the tables that the paper's authors published.
 
-A folder holds `train.csv`, `val.csv`, `test.csv` and `item_feadf.csv`. With a `manifest.json` beside them the files
-are checked against it, and it names the fields and the tasks; without one the folder is read as the published tables
-(columns timestamp, visitorid, itemid, click, pay, state, next_state; the last two are not used).
+A folder holds `train.csv`, `val.csv`, `test.csv` and tables of features such as `item_feadf.csv`. With a
+`manifest.json` beside them the files are checked against it, and it names the tables, the fields and the tasks; without
+one the folder is read as the published tables (columns timestamp, visitorid, itemid, click, pay, state, next_state; the
+last two are not used).
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.files import Kind, UserError, check_memory, count_lines, read_json, read_table, sha256
-from dataset.prepare import LONG_TAILED, PROPERTIES, SPLITS
+from dataset.mdp import SPLITS, SideTable
+from dataset.retailrocket import LONG_TAILED, PROPERTIES, TASKS
 from dataset.simulate import TRUTH_KINDS
 
 Ids = NDArray[np.int64]
@@ -35,7 +37,7 @@ _PUBLISHED: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
     "categorical": list(PROPERTIES),
     "long_tailed": list(LONG_TAILED),
-    "tasks": [{"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "pay"}],
+    "tasks": list(TASKS),
 }
 
 
@@ -54,23 +56,28 @@ class RetailRocketRLDataset:
         fields: per field name its `Field`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`.
         numerical: (n, N) float32, the session so far (`NUMERICAL`), or one column of zeros.
-        labels: (n, T) float32, 0 or 1; T = 2: click (CTR), pay (CTCVR).
+        labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are neighbours.
         timestamp: (n,) int64 ms.
         truth: what the simulator knows of each row (`dataset.simulate.TRUTH_KINDS`) if the log is simulated, else None.
     """
 
-    def __init__(self, table: pd.DataFrame, items: pd.DataFrame, field_names: list[str], label_names: list[str],
-                 numerical: Numerical = "session", truth: pd.DataFrame | None = None) -> None:
+    def __init__(self, table: pd.DataFrame, items: pd.DataFrame | Sequence[SideTable], field_names: list[str],
+                 label_names: list[str], numerical: Numerical = "session", truth: pd.DataFrame | None = None) -> None:
+        """Fields come from the item table, or from several side tables; what is in none is a column of `table`."""
         order = _session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy(copy=True)
         self.timestamp: Ids = table["timestamp"].to_numpy(copy=True)
         self.labels: Floats = table[label_names].to_numpy(np.float32, copy=True)
         self.truth = None if truth is None else truth.iloc[order].reset_index(drop=True)
-        at = pd.Index(items["itemid"]).get_indexer(pd.Index(table["itemid"]))  # -1: an item without properties
-        self.fields = {name: _field(items[name].to_numpy(), at) for name in field_names}
-        self.numerical: Floats = (session_so_far(table) if numerical == "session"
+        self.fields: dict[str, Field] = {}
+        for key, side in [SideTable("itemid", items)] if isinstance(items, pd.DataFrame) else items:
+            at = pd.Index(side[key]).get_indexer(pd.Index(table[key]))  # -1: an item, or user, without properties
+            self.fields |= {name: _field(side[name].to_numpy(), at) for name in field_names if name in side}
+        self.fields |= {name: _field(table[name].to_numpy(), np.arange(len(table)))
+                        for name in field_names if name not in self.fields}
+        self.numerical: Floats = (session_so_far(table, label_names) if numerical == "session"
                                   else np.zeros((len(table), 1), np.float32))
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
@@ -166,14 +173,15 @@ class Batches:
             yield ids[index], numbers[index], labels[index]
 
 
-def session_so_far(table: pd.DataFrame) -> Floats:
+def session_so_far(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")) -> Floats:
     """Numbers known when a row is shown, from earlier rows of its session alone; (n, 6) float32, see `NUMERICAL`.
 
     With t the row's place in its session, from 0, and c, p the clicks and purchases among its earlier rows so far:
     log(1 + t), c / (t + 1), p / (t + 1), whether the row before was clicked, was paid, and log(1 + seconds since the
     row before) / 10. Where the table has click_time and pay_time, an outcome counts only once it has happened: a
     purchase at the session's end says nothing to the rows before it. Without them (the published tables) it counts
-    from the next row on. `table` is in session order.
+    from the next row on. `table` is in session order; `labels` are its columns of clicks and purchases, or of whatever
+    the two tasks are.
     """
     session, time = table["sessionid"].to_numpy(), table["timestamp"].to_numpy()
     rows = np.arange(len(table))
@@ -184,7 +192,7 @@ def session_so_far(table: pd.DataFrame) -> Floats:
 
     columns = [np.log1p(place)]
     lasts = []
-    for label in ("click", "pay"):
+    for label in labels:
         known, last = _known_outcomes(table, label, start, rows)
         columns.append(known / (place + 1.0))
         lasts.append(last)
@@ -224,40 +232,36 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one of your own files")
-    files = [*(f"{name}.csv" for name in SPLITS), "item_feadf.csv"]
+    prepared = (path / "manifest.json").exists()
+    manifest = _read_manifest(path / "manifest.json") if prepared else dict(_PUBLISHED)
+    layout = manifest.get("tables", {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}})
+    files = [*(f"{name}.csv" for name in SPLITS), *layout]
     missing = [name for name in files if not (path / name).exists()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "anew with python3 -m dataset.prepare")
     rows = sum(count_lines(path / f"{name}.csv") for name in SPLITS)
     check_memory(rows * BYTES_A_ROW, f"{path}: {rows:,} rows")
-    prepared = (path / "manifest.json").exists()
-    manifest = _check_manifest(path, files) if prepared else dict(_PUBLISHED)
+    if prepared:
+        _check_files(path, files, manifest)
     outputs = manifest["outputs"] if prepared else {name: sha256(path / name) for name in files}
     fingerprint = hashlib.sha256("".join(outputs[name] for name in files).encode()).hexdigest()[:16]
 
     names = [str(name) for name in manifest["categorical"]]
     labels = [str(task["label"]) for task in manifest["tasks"]]
-    kinds: dict[str, Kind] = {"itemid": "id", **dict.fromkeys(names, "optional_text")}
-    items = read_table(path / "item_feadf.csv", kinds)
-    twice = items["itemid"].duplicated().to_numpy()
-    if twice.any():
-        item = items["itemid"][int(twice.argmax())]
-        raise UserError(f"{path / 'item_feadf.csv'}, line {int(twice.argmax()) + 2}, column 'itemid': "
-                        f"item {item} stands there twice")
-    tables = {name: _read_split(path / f"{name}.csv", labels) for name in SPLITS}
+    sides = [_read_side(path / name, one["key"], one["fields"]) for name, one in layout.items()]
+    tables = {name: _read_split(path / f"{name}.csv", manifest) for name in SPLITS}
     for one, two in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = np.intersect1d(tables[one]["sessionid"], tables[two]["sessionid"])
         if len(shared) and prepared:
             raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits share no sessions")
     truth = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else {}
-    splits = {name: RetailRocketRLDataset(tables[name], items, names, labels, numerical, truth.get(name))
+    splits = {name: RetailRocketRLDataset(tables[name], sides, names, labels, numerical, truth.get(name))
               for name in SPLITS}
     return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
 
 
-def _check_manifest(path: Path, files: list[str]) -> dict[str, Any]:
-    file = path / "manifest.json"
+def _read_manifest(file: Path) -> dict[str, Any]:
     manifest = read_json(file)
     shape: Mapping[str, type] = {"outputs": dict, "categorical": list, "long_tailed": list, "tasks": list}
     for key, kind in shape.items():
@@ -265,6 +269,22 @@ def _check_manifest(path: Path, files: list[str]) -> dict[str, Any]:
             raise UserError(f"{file}: '{key}' is missing or of the wrong kind: run python3 -m dataset.prepare again")
     if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
         raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
+    tables, context = manifest.get("tables", {}), manifest.get("context", [])
+    if not isinstance(context, list) or not isinstance(tables, dict) or not all(
+            isinstance(one, dict) and isinstance(one.get("key"), str) and isinstance(one.get("fields"), list)
+            for one in tables.values()):
+        raise UserError(f"{file}: 'tables' gives each table of features a key and a list of fields; 'context' is a "
+                        "list of fields")
+    if tables:
+        described = [*context, *(name for one in tables.values() for name in one["fields"])]
+        lost = [name for name in manifest["categorical"] if name not in described]
+        if lost:
+            raise UserError(f"{file}: field '{lost[0]}' of 'categorical' is in no table and not in 'context'")
+    return manifest
+
+
+def _check_files(path: Path, files: list[str], manifest: dict[str, Any]) -> None:
+    file = path / "manifest.json"
     for name in files:
         if name not in manifest["outputs"]:
             raise UserError(f"{file}: 'outputs' does not list {name}: run python3 -m dataset.prepare again")
@@ -276,14 +296,27 @@ def _check_manifest(path: Path, files: list[str]) -> dict[str, Any]:
                             "python3 -m dataset.prepare")
         if sha256(path / name) != digest:
             if name.removesuffix(".csv") in SPLITS:  # a bad cell or column says more than that the file has changed
-                _read_split(path / name, [str(task["label"]) for task in manifest["tasks"]])
+                _read_split(path / name, manifest)
             raise UserError(f"{path / name}: not the file that dataset.prepare wrote (its SHA-256 differs from "
                             "manifest.json): was it edited or cut short? Prepare the folder again")
-    return manifest
 
 
-def _read_split(path: Path, labels: list[str]) -> pd.DataFrame:
-    kinds: dict[str, Kind] = {"timestamp": "id", "sessionid": "id", "visitorid": "id", "itemid": "id",
+def _read_side(path: Path, key: str, fields: Sequence[str]) -> SideTable:
+    kinds: dict[str, Kind] = {key: "id", **dict.fromkeys(fields, "optional_text")}
+    table = read_table(path, kinds)
+    twice = table[key].duplicated().to_numpy()
+    if twice.any():
+        line = int(twice.argmax())
+        raise UserError(f"{path}, line {line + 2}, column '{key}': {key.removesuffix('id')} {table[key][line]} stands "
+                        "there twice")
+    return SideTable(key, table)
+
+
+def _read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
+    labels = [str(task["label"]) for task in manifest["tasks"]]
+    keys = [str(one["key"]) for one in manifest.get("tables", {"": {"key": "itemid"}}).values()]
+    kinds: dict[str, Kind] = {"timestamp": "id", "sessionid": "id", "visitorid": "id", **dict.fromkeys(keys, "id"),
+                              **dict.fromkeys(manifest.get("context", []), "optional_text"),
                               **dict.fromkeys(labels, "label"),
                               **{f"{name}_time": "optional_id" for name in labels}}
     optional = ["sessionid", "visitorid", *(f"{name}_time" for name in labels)]

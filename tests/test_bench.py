@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT, REPOSITORY
 from bench.__main__ import plot, table
 from bench.measure import rate
 from bench.scale import lay_out
-from dataset.prepare import SPLITS
+from dataset.mdp import SPLITS
 from dataset.rtrl import load_splits
 
 

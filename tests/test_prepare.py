@@ -17,7 +17,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dataset.files import UserError
-from dataset.prepare import PROPERTIES, SPLITS, prepare
+from dataset.mdp import SPLITS
+from dataset.prepare import prepare
+from dataset.retailrocket import PROPERTIES
 
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "retailrocket-mini"
 KINDS = ("view", "addtocart", "transaction")

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from dataset import files
 from dataset.files import sha256
-from dataset.prepare import PROPERTIES, SPLITS
+from dataset.mdp import SPLITS
+from dataset.retailrocket import PROPERTIES
 from dataset.rtrl import (
     NUMERICAL,
     Batches,

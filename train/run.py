@@ -75,7 +75,8 @@ def get_dataset(name: str, path: str, numerical: str = "session") -> Splits:
     folder = Path(path) / name
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         if name != "rt":
-            raise UserError(f"{folder}: no such data set: make it with python3 -m dataset.prepare --out {folder}")
+            raise UserError(f"{folder}: no such data set: make it with python3 -m dataset.prepare --raw DIR "
+                            f"--out {folder} (KuaiRand: --source kuairand)")
         raw = Path(path) / "simulated"
         print(f"{folder} is not there: simulating a shopping log into {raw} and preparing it.\n"
               f"For your own RetailRocket files: python3 -m dataset.prepare --raw DIR --out {folder}\n")

@@ -1,0 +1,213 @@
+"""Raw RetailRocket logs: the files of the Kaggle dataset `retailrocket/ecommerce-dataset`, step by step.
+
+1. Events that repeat another one cell for cell are dropped.
+2. A session is a visitor, or is cut where `--session_gap` minutes pass without an event.
+3. One row is one item of one session, at the item's first event there. click = the item was carted or bought in that
+   session, then or later; pay = it was bought; so pay implies click. click_time and pay_time say when (empty: never),
+   so that features of later rows can leave out what was not known yet.
+4. Sessions with fewer than `--min_session` rows (default 2: an episode needs a transition) are dropped.
+5. Sessions are ordered by the time of their first row, and cut 6:2:2 by number of rows into train, val and test. No
+   session straddles a cut.
+6. The item table holds, for each item met, the last value of each property known when the first validation session
+   starts. Later values are dropped: nothing of the future leaks. An item without a value has an empty cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from dataset.files import Kind, UserError, read_json, read_table
+from dataset.mdp import NEVER, Line, SideTable, Tables, find, read_with_progress
+from dataset.simulate import TRUTH_KINDS
+
+EVENTS = ("view", "addtocart", "transaction")
+PROPERTIES = ("785", "591", "814", "available", "categoryid", "364", "776")
+LONG_TAILED = ("364", "776")
+TASKS = ({"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "pay"})
+EVENT_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "event": "text", "itemid": "id",
+                                "transactionid": "optional_id"}
+PROPERTY_KINDS: dict[str, Kind] = {"timestamp": "id", "itemid": "id", "property": "text", "value": "optional_text"}
+SESSION_ROWS = 2
+
+
+def read(raw: Path, session_gap: float, min_session: int) -> Tables:
+    """Read the folder `raw` of events.csv, item_properties*.csv and, if there, category_tree.csv (each may be .gz).
+
+    Raises UserError where a file is missing or a cell is bad (named by file, line and column).
+    """
+    event_file = find(raw, "events", "the Kaggle files")
+    property_files = sorted(path for path in raw.iterdir() if path.name.startswith("item_properties")
+                            and path.name.endswith((".csv", ".csv.gz")))
+    if not property_files:
+        raise UserError(f"{raw}: no item_properties*.csv: Kaggle has item_properties_part1.csv and _part2.csv")
+    tree_file = next((path for path in raw.glob("category_tree.csv*") if path.suffix in (".csv", ".gz")), None)
+
+    table, account = _sessions(_read_events(event_file), session_gap, min_session)
+    cuts, boundary = _cut(table)
+    items, item_account = _item_table(property_files, np.unique(table["itemid"]), boundary)
+    account += item_account
+    if tree_file is not None:
+        account += _tree_account(tree_file, items)
+    simulated = (raw / "simulation.json").exists()
+    return Tables(
+        source="RetailRocket, simulated" if simulated else "RetailRocket",
+        rows=table, cuts=cuts, boundary=boundary, account=account,
+        inputs=[event_file, *property_files, *([tree_file] if tree_file else [])],
+        sides={"item_feadf.csv": SideTable("itemid", items)}, context=[], long_tailed=list(LONG_TAILED),
+        tasks=list(TASKS), simulation=read_json(raw / "simulation.json") if simulated else None,
+        truth=_aligned_truth(raw / "truth.csv", table) if (raw / "truth.csv").exists() and not session_gap else None)
+
+
+def _read_events(path: Path) -> pd.DataFrame:
+    chunks: list[pd.DataFrame] = []
+    for chunk in read_with_progress(path, EVENT_KINDS):
+        chunk["event"] = pd.Index(EVENTS).get_indexer(pd.Index(chunk["event"])).astype(np.int8)
+        bad = chunk["event"].to_numpy() < 0
+        if bad.any():
+            line = sum(map(len, chunks)) + int(bad.argmax()) + 2
+            raise UserError(f"{path}, row {line - 1} (about line {line}), column 'event': not one of "
+                            f"{', '.join(EVENTS)}: is this the RetailRocket layout?")
+        chunks.append(chunk)
+    events = pd.concat(chunks, ignore_index=True)
+    if events.empty:
+        raise UserError(f"{path}: no rows below the header: is it the right file?")
+    return events
+
+
+def _sessions(events: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[Line]]:
+    """Steps 1 to 4: the MDP rows in order of session start, session, time; and the account of the events."""
+    # One order for any order of the file: visitor, time, kind (a view before its cart), item.
+    order = np.lexsort((events["transactionid"], events["itemid"], events["event"], events["timestamp"],
+                        events["visitorid"]))
+    time, visitor, kind, item = (events[name].to_numpy()[order]
+                                 for name in ("timestamp", "visitorid", "event", "itemid"))
+    transaction = events["transactionid"].fillna(-1).to_numpy()[order]
+    same = np.ones(len(order), bool)
+    same[0] = False
+    for column in (time, visitor, kind, item, transaction):
+        same[1:] &= column[1:] == column[:-1]
+    time, visitor, kind, item = (column[~same] for column in (time, visitor, kind, item))
+
+    starts = np.ones(len(time), bool)
+    starts[1:] = visitor[1:] != visitor[:-1]
+    if session_gap:
+        starts[1:] |= np.diff(time) > session_gap * 60_000
+    session = np.cumsum(starts) - 1  # (E,) a running number
+
+    # One row a (session, item): the first event in time gives the row, the others its labels.
+    by_item = np.lexsort((np.arange(len(time)), item, session))
+    first = np.ones(len(time), bool)
+    first[1:] = (session[by_item][1:] != session[by_item][:-1]) | (item[by_item][1:] != item[by_item][:-1])
+    group_starts = np.flatnonzero(first)
+    first_event = by_item[group_starts]
+    carted_at = np.where(kind >= 1, time, NEVER)[by_item]
+    bought_at = np.where(kind == 2, time, NEVER)[by_item]
+    rows = pd.DataFrame({
+        "timestamp": time[first_event],
+        "sessionid": session[first_event] if session_gap else visitor[first_event],
+        "itemid": item[first_event],
+        "click_time": np.minimum.reduceat(carted_at, group_starts),
+        "pay_time": np.minimum.reduceat(bought_at, group_starts),
+        "events": np.diff(np.append(group_starts, len(time))),
+        "number": session[first_event],
+        "event": first_event,  # keeps ties in order
+    })
+    rows["click"] = (rows["click_time"] != NEVER).astype(np.int8)
+    rows["pay"] = (rows["pay_time"] != NEVER).astype(np.int8)
+
+    lengths = np.bincount(rows["number"])
+    kept = lengths[rows["number"]] >= min_session
+    table = rows[kept].copy()
+    if table.empty:
+        raise UserError(f"no session has {min_session} items or more: nothing to learn from (see --min_session)")
+    first_time = np.full(len(lengths), NEVER)
+    np.minimum.at(first_time, table["number"], table["timestamp"])
+    table["start"] = first_time[table["number"]]
+    table = table.iloc[np.lexsort((table["event"], table["timestamp"], table["number"], table["start"]))]
+    merged = int(table["events"].sum()) - len(table)
+    short = rows.loc[~kept]
+    account = [
+        Line("events read", len(order), 0),
+        *[Line(name, int((events["event"] == code).sum()), 2) for code, name in enumerate(EVENTS)],
+        Line("dropped: the same in every cell as another", int(same.sum())),
+        Line(f"dropped: in the {short['number'].nunique():,} sessions of fewer than {min_session} items",
+             int(short["events"].sum())),
+        Line("merged: later events of an item already met in the session", merged),
+        Line("kept: rows, one an item of a session", len(table)),
+    ]
+    return table.reset_index(drop=True), account
+
+
+def _cut(table: pd.DataFrame) -> tuple[list[int], int]:
+    """Step 5: the row numbers of the cuts (0, a, b, rows), and the time at which validation starts."""
+    starts = np.flatnonzero(np.append(True, np.diff(table["number"]) != 0))  # first row of each session
+    cuts = [0, *(int(starts[min(int(np.searchsorted(starts, share * len(table))), len(starts) - 1)])
+                 for share in (0.6, 0.8)), len(table)]
+    if not cuts[0] < cuts[1] < cuts[2] < cuts[3]:
+        raise UserError(f"the {len(starts)} sessions that are left ({len(table)} rows) cannot be cut 6:2:2 into train, "
+                        "val and test: more of the log is needed")
+    return cuts, int(table["timestamp"].iloc[cuts[1]])
+
+
+def _item_table(paths: Iterable[Path], met: NDArray[np.int64], boundary: int) -> tuple[pd.DataFrame, list[Line]]:
+    """Step 6: the last value of each property of the items `met`, known at `boundary`; and the account of the rows."""
+    read = other = late = strangers = 0
+    found: list[pd.DataFrame] = []
+    for path in paths:
+        for chunk in read_with_progress(path, PROPERTY_KINDS):
+            used = chunk["property"].isin(PROPERTIES).to_numpy()
+            known = chunk["timestamp"].to_numpy() <= boundary
+            ours = np.isin(chunk["itemid"].to_numpy(), met)
+            found.append(chunk[used & known & ours])
+            # Each dropped row is counted once, by the first rule that drops it.
+            read += len(chunk)
+            other += int((~used).sum())
+            late += int((used & ~known).sum())
+            strangers += int((used & known & ~ours).sum())
+    values = pd.concat(found, ignore_index=True)
+    # Of two values at the same time the larger text wins: one result for any order of the files.
+    values = values.sort_values(["itemid", "property", "timestamp", "value"], kind="stable")
+    last = values.drop_duplicates(["itemid", "property"], keep="last")
+    wide = last.pivot(index="itemid", columns="property", values="value")
+    items = wide.reindex(index=met, columns=list(PROPERTIES)).astype(object).fillna("")
+    bare = int((items == "").all(axis=1).sum())
+    account = [
+        Line("property rows read", read, 0),
+        Line("dropped: of properties that are not used", other),
+        Line("dropped: written after the train/val boundary", late),
+        Line("dropped: of items that no kept session meets", strangers),
+        Line("dropped: replaced by a later value before the boundary", len(values) - len(last)),
+        Line("kept: values of items", len(last)),
+        Line("items met", len(items), 0),
+        Line("without any known property", bare),
+    ]
+    return items.rename_axis("itemid").rename_axis(columns=None).reset_index(), account
+
+
+def _tree_account(path: Path, items: pd.DataFrame) -> list[Line]:
+    """The category tree is checked and counted; the tables do not use it."""
+    tree = read_table(path, {"categoryid": "id", "parentid": "optional_id"})
+    known = set(tree["categoryid"].astype(str))
+    used = {value for value in items["categoryid"] if value}
+    return [
+        Line("categories in the tree (not used by the tables)", len(tree), 0),
+        Line("categories of items", len(used)),
+        Line("of these not in the tree", len(used - known)),
+    ]
+
+
+def _aligned_truth(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+    """The simulator's probabilities of the kept rows, in the order of the tables (train, val, test)."""
+    truth = read_table(path, TRUTH_KINDS).rename(columns={"visitorid": "sessionid"})
+    keys = ["timestamp", "sessionid", "itemid"]
+    aligned = table[keys].merge(truth, on=keys, how="left", validate="one_to_one")
+    if aligned["p_click"].isna().any():
+        row = int(aligned["p_click"].isna().to_numpy().argmax())
+        raise UserError(f"{path}: has no row for item {table['itemid'][row]} of visitor {table['sessionid'][row]}: "
+                        "it belongs to another log; remove it")
+    return aligned
