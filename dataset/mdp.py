@@ -42,8 +42,8 @@ class Tables:
 
     Attributes:
         rows: in order of split, session start and time; columns timestamp, sessionid, `number` (the sessions counted),
-            the keys of the side tables, the context fields, and for each label `<label>` and `<label>_time` (ms,
-            `NEVER` where it did not happen).
+            the keys of the side tables, the context fields, and for each label `<label>` and `<label>_time` (ms;
+            `NEVER`, or missing, where it did not happen).
         cuts: the row numbers (0, a, b, rows) between which train, val and test lie; no session straddles one.
         boundary: when validation starts, ms; side tables know nothing later where the source can tell.
         sides: file name to table.

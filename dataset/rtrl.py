@@ -75,8 +75,9 @@ class RetailRocketRLDataset:
         for key, side in [SideTable("itemid", items)] if isinstance(items, pd.DataFrame) else items:
             at = pd.Index(side[key]).get_indexer(pd.Index(table[key]))  # -1: an item, or user, without properties
             self.fields |= {name: _field(side[name].to_numpy(), at) for name in field_names if name in side}
-        self.fields |= {name: _field(table[name].to_numpy(), np.arange(len(table)))
-                        for name in field_names if name not in self.fields}
+        rows = np.arange(len(table))
+        self.fields = {name: self.fields[name] if name in self.fields else _field(table[name].to_numpy(), rows)
+                       for name in field_names}
         self.numerical: Floats = (session_so_far(table, label_names) if numerical == "session"
                                   else np.zeros((len(table), 1), np.float32))
         self._categorical: Ids | None = None

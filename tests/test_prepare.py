@@ -455,7 +455,7 @@ def test_the_command_prints_the_account_and_says_where_it_wrote(raw: Path, tmp_p
 def test_the_command_fails_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = run(tmp_path, "dataset.prepare", "--raw", "absent", "--out", "rt")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: absent: no such folder: --raw takes the folder that holds events.csv\n"
+    assert done.stderr == "error: absent: no such folder: --raw takes the folder that holds the raw files\n"
     assert list(tmp_path.iterdir()) == []
 
 

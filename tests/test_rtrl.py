@@ -386,7 +386,10 @@ def test_a_manifest_that_does_not_list_a_table_is_refused(tables: Path, name: st
 
 
 def test_a_field_that_the_item_table_lacks_is_named(tables: Path) -> None:
-    change_manifest(tables, categorical=[*PROPERTIES, "colour"])
+    fields = [*PROPERTIES, "colour"]
+    change_manifest(tables, categorical=fields)
+    assert "field 'colour' of 'categorical' is in no table" in complaint(lambda: load_splits(tables))
+    change_manifest(tables, categorical=fields, tables={"item_feadf.csv": {"key": "itemid", "fields": fields}})
     message = complaint(lambda: load_splits(tables))
     assert message.startswith(f"{tables / 'item_feadf.csv'}, line 1: column 'colour' is missing")
 
