@@ -11,6 +11,7 @@ from torch import nn
 
 from layers import ESMM
 from slmodels.aitm import AITM
+from slmodels.metaheac import MetaHeac
 from slmodels.mmoe import MMoE
 from slmodels.omoe import OMoE
 from slmodels.ple import PLE
@@ -25,9 +26,10 @@ MODELS: dict[str, type[nn.Module]] = {
     "mmoe": MMoE,
     "ple": PLE,
     "aitm": AITM,
+    "metaheac": MetaHeac,
 }
-__all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "OMoE", "SharedBottom", "SingleTask", "build"]
-WITH_EXPERTS = ("omoe", "mmoe", "ple")
+__all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "MetaHeac", "OMoE", "SharedBottom", "SingleTask", "build"]
+WITH_EXPERTS = ("omoe", "mmoe", "ple", "metaheac")
 
 
 def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,

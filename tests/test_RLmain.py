@@ -94,7 +94,7 @@ def test_without_a_baseline_it_names_the_command(tables: Path) -> None:
 def test_an_unknown_actor_is_refused_with_the_list(tmp_path: Path) -> None:
     text = refuse(tmp_path, "RLmain.py", "--actor_name=bert")
     assert "bert" in text
-    assert "singletask, sharedbottom, esmm, omoe, mmoe, ple, aitm" in text
+    assert "singletask, sharedbottom, esmm, omoe, mmoe, ple, aitm, metaheac" in text
 
 
 def test_a_memory_of_another_reward_type_is_refused_until_a_refill(shop: Path) -> None:

@@ -52,8 +52,8 @@ def linears(layers: Iterable[nn.Module]) -> list[nn.Linear]:
 # ------------------------------------------------------------------------------------------------- what all have to do
 
 
-def test_the_seven_models() -> None:
-    assert list(MODELS) == ["singletask", "sharedbottom", "esmm", "omoe", "mmoe", "ple", "aitm"]
+def test_the_eight_models() -> None:
+    assert list(MODELS) == ["singletask", "sharedbottom", "esmm", "omoe", "mmoe", "ple", "aitm", "metaheac"]
 
 
 @pytest.mark.parametrize("name", MODELS)

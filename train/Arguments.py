@@ -30,7 +30,7 @@ class ModelArguments:
     """How large a model is. Checks every setting's range. Raises UserError."""
 
     task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
-    expert_num: int = setting(8, "E, the experts of omoe, mmoe and ple", low=2, high=4096)
+    expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from dataset.files import UserError
 from dataset.prepare import prepare
 from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import Size, simulate
-from slmodels import AITM, build
+from slmodels import AITM, MetaHeac, build
 from train import world
 from train.Arguments import SLArguments
 from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
@@ -103,6 +103,8 @@ def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: i
         raise UserError(f"--calibrator: only aitm has one, not {name}")
     if isinstance(model, AITM):
         model.calibrator = calibrator
+    if isinstance(model, MetaHeac) and world.SIZE > 1:
+        raise UserError("metaheac trains in one process: its inner step looks at half of the whole batch")
     return model
 
 
@@ -125,17 +127,12 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
         for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
             (categorical_x, numerical_x, labels), part = world.share(
                 [x.to(device) for x in (categorical_x, numerical_x, labels)])
-            predictions = model(categorical_x, numerical_x)
-            labels = labels[:, : predictions.shape[1]]
             try:
-                losses = criterion(predictions, labels)
-            except RuntimeError as error:  # torch refuses what is not within [0, 1]
+                loss = _loss(model, categorical_x, numerical_x, labels, criterion, polisher)
+            except RuntimeError as error:  # torch refuses predictions that are not within [0, 1]
+                if "between 0 and 1" not in str(error):
+                    raise
                 raise _diverged("predictions are not numbers") from error
-            if polisher is not None:
-                losses = losses * polisher.weights(categorical_x, numerical_x, labels)
-            loss = losses.mean()
-            if isinstance(model, AITM):
-                loss = loss + model.penalty(predictions)
             optimizer.zero_grad()
             (part * loss).backward()
             world.sum_gradients(model)
@@ -149,6 +146,26 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
     if not np.isfinite(mean):
         raise _diverged(f"the training loss is {mean}")
     return mean
+
+
+def _loss(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor,
+          criterion: Callable[[Tensor, Tensor], Tensor], polisher: Polisher | None) -> Tensor:
+    """The mean loss of a batch, weighted; with AITM's calibrator; MetaHeac's after its step on half of the batch."""
+    if isinstance(model, MetaHeac):
+        labels = labels[:, : model.tasks.num_embeddings]
+        weights = (torch.ones_like(labels) if polisher is None
+                   else polisher.weights(categorical_x, numerical_x, labels))
+        half = -(-len(labels) // 2)  # of an odd number of rows the middle one is in both halves
+        predictions = model.adapted((categorical_x[:half], numerical_x[:half]),
+                                    lambda p: (criterion(p, labels[:half]) * weights[:half]).mean(),
+                                    (categorical_x[-half:], numerical_x[-half:]))
+        return (criterion(predictions, labels[-half:]) * weights[-half:]).mean()
+    predictions = model(categorical_x, numerical_x)
+    labels = labels[:, : predictions.shape[1]]
+    losses = criterion(predictions, labels)
+    if polisher is not None:
+        losses = losses * polisher.weights(categorical_x, numerical_x, labels)
+    return losses.mean() + (model.penalty(predictions) if isinstance(model, AITM) else 0.0)
 
 
 def _diverged(what: str) -> UserError:
