@@ -34,7 +34,7 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     """One run from the tables and the baseline to critics that have converged. Raises UserError."""
     device = pick_device(settings.device, settings.precision)
     run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
-    baseline = Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.actor_name}.pt"
+    baseline = settings.baseline(settings.actor_name)
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: run this first: "
                         + settings.command("SLmain.py", "model_name", settings.actor_name))

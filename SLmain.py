@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,8 +39,8 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
         return train_baseline(settings)
     if settings.polish_method != "constant":
         find_critics(settings)  # better refused now than after the baseline's training
-    if not baseline_path(settings).exists():
-        print(f"{baseline_path(settings)}: no baseline of {model_name} yet: it is trained first\n")
+    if not settings.baseline(model_name).exists():
+        print(f"{settings.baseline(model_name)}: no baseline of {model_name} yet: it is trained first\n")
         train_baseline(replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
         print(f"\nnow polishing {model_name}")
     return polish(settings)
@@ -50,7 +49,7 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
 def train_baseline(settings: SLArguments) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
     device = pick_device(settings.device, settings.precision)
-    run, baseline = RunFolder.of_model(settings), baseline_path(settings)
+    run, baseline = RunFolder.of_model(settings), settings.baseline(settings.model_name)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, baseline.parent)
     catemapper = map_splits(splits, settings.feature_map_rate)
@@ -78,7 +77,8 @@ def polish(settings: SLArguments) -> list[Metrics]:
     model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
                       settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
-    load_model(baseline_path(settings), model, identity, "give the same settings as then, or train the baseline again: "
+    load_model(settings.baseline(settings.model_name), model, identity,
+               "give the same settings as then, or train the baseline again: "
                + settings.command("SLmain.py", "model_name", settings.model_name))
     before = evaluate_split(model, splits.test, settings.task_num, device)
     polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
@@ -91,10 +91,6 @@ def polish(settings: SLArguments) -> list[Metrics]:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
     print(f"saved {run.model}; weights: {run.weights}, curves: {run.curves}")
     return metrics
-
-
-def baseline_path(settings: SLArguments) -> Path:
-    return Path(settings.pretrain_path) / f"{settings.dataset_name}_{settings.model_name}.pt"
 
 
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:

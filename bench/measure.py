@@ -34,9 +34,10 @@ from dataset.prepare import prepare
 from dataset.rtrl import Batches, RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import Size, simulate
 from env import MTEnv
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
 from train.checkpoint import model_identity, save_model
 from train.offline import fill
-from train.run import BOTTOM_MLP_DIMS, DROPOUT, EVALUATION_BATCH, TOWER_MLP_DIMS, evaluate, get_model, sltrain
+from train.run import DROPOUT, EVALUATION_BATCH, evaluate, get_model, sltrain
 from train.utils import Catemapper, map_splits, pick_device, set_seed
 
 REPOSITORY = Path(__file__).resolve().parent.parent

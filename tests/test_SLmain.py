@@ -313,6 +313,7 @@ def test_an_unknown_model_is_refused_with_the_list(tmp_path: Path) -> None:
     text = refused(tmp_path, "--model_name=esm")
     assert "'esm'" in text
     assert ", ".join(MODELS) in text
+    assert "did you mean esmm?" in text
 
 
 def test_a_bad_label_is_refused_as_a_user_sees_it(tables: Path, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ import SLmain
 from dataset.files import UserError
 from dataset.rtrl import load_splits
 from layers import ESMM, CriticNeg
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
 from train.checkpoint import save_model
-from train.polish import WIDTHS
 from train.utils import RlLossPolisher, map_splits
 
 
@@ -161,7 +161,7 @@ def make_critics(model: str = "esmm", **changed: Any) -> None:
     identity = {"data": splits.fingerprint, "numerical": "session", "embed_dim": 8,
                 "field_dims": map_splits(splits, 0.2).field_dims, **changed}
     for name in ("critic1", "critic2"):
-        critic = CriticNeg(identity["field_dims"], splits.train.numerical_num, 8, *WIDTHS)
+        critic = CriticNeg(identity["field_dims"], splits.train.numerical_num, 8, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         save_model(Path(f"chkpt/RL/res_TD3BC_{model}/{name}.pth"), critic, identity)
 
 

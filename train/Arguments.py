@@ -6,14 +6,19 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dataset.files import UserError
 from slmodels import MODELS
 from train.utils import RlLossPolisher
+
+BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # of all models and critics, as documented
+TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
 
 Settings = TypeVar("Settings", bound="ModelArguments")
 
@@ -56,6 +61,10 @@ class DataArguments:
         "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
     seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on where a run with the same settings was stopped")
+
+    def baseline(self, model_name: str) -> Path:
+        """Where the baseline of a model on this data set lies."""
+        return Path(self.pretrain_path) / f"{self.dataset_name}_{model_name}.pt"
 
     def command(self, program: str, name: str, value: str) -> str:
         """The command that makes what is missing: `python3 <program> --<name>=<value>`, for the same data set."""
@@ -124,7 +133,9 @@ def check(one: Field[Any], value: Any) -> None:
     flag, choices, low, high = (one.metadata[key] for key in ("flag", "choices", "low", "high"))
     flag = flag or f"--{one.name}"
     if choices and value not in choices:
-        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}")
+        meant = difflib.get_close_matches(str(value), choices, 1)
+        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}"
+                        + (f" (did you mean {meant[0]}?)" if meant else ""))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
     if isinstance(value, int | float) and not low <= value <= high:

@@ -16,6 +16,7 @@ from agents import DDPG_ESMM
 from agents.DDPG_ESMM_BC import DDPG_ESMM_BC
 from dataset.files import UserError
 from env import MTEnv, reward_of
+from layers.critic import zero_share
 from train.checkpoint import RunFolder, save_tensors
 from train.plots import plot_panels
 from train.utils import ConvergeStopper, measure, set_seed
@@ -194,7 +195,7 @@ def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
         q = played["q"][:, task]
         figures[f"td_error_{task}"] = float((td[:, task] ** 2).mean())
         figures[f"rank_correlation_{task}"] = rank_correlation(q, played["return"][:, task])
-        figures[f"zero_share_{task}"] = float((q == 0).mean())
+        figures[f"zero_share_{task}"] = zero_share(torch.from_numpy(q))
         figures[f"spread_{task}"] = float(q.std())
     return figures
 

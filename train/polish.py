@@ -14,11 +14,10 @@ from torch import nn
 from dataset.files import UserError, read_json
 from layers import CriticNeg
 from slmodels import MODELS
-from train.Arguments import SLArguments
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
 from train.checkpoint import RunFolder, load_model, load_tensors
 from train.utils import Metrics, RlLossPolisher
 
-WIDTHS: tuple[tuple[int, ...], tuple[int, ...]] = (512, 256), (128, 64)  # of the critics, as documented
 CRITICS = ("critic1", "critic2")
 
 
@@ -39,7 +38,7 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
         remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
         embed_dim = load_tensors(path, remedy).get("embed_dim")
         embed_dim = embed_dim if isinstance(embed_dim, int) and 0 < embed_dim <= 65536 else 1
-        critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, *WIDTHS)
+        critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         load_model(path, critic, same, remedy)
         critics.append(critic.to(device))
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method)

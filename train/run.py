@@ -24,7 +24,7 @@ from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load
 from dataset.simulate import Size, simulate
 from slmodels import AITM, MetaHeac, build
 from train import world
-from train.Arguments import SLArguments
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
 from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
 from train.offline import (
     discounted_returns,
@@ -55,7 +55,7 @@ __all__ = [
 ]
 
 Predictions = list[NDArray[np.float32]]
-BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, DROPOUT = (512, 256), (128, 64), 0.2
+DROPOUT = 0.2
 EVALUATION_BATCH = 4096  # rows: activations that are still in the cache when the next layer reads them
 
 
