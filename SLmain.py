@@ -3,6 +3,7 @@
     python3 SLmain.py --model_name=esmm            # a baseline: chkpt/SL/rt_esmm, pretrain/rt_esmm.pt
     python3 SLmain.py --model_name=ple --polish=1  # fine-tune with w = 1 - 1 Q(s, a); RLmain.py makes the critics
     python3 SLmain.py --model_name=ple --polish=1 --polish_method=constant  # the control: weights of 1
+    python3 SLmain.py --model_name=ple --weighting=uncertainty  # other ways to weight the tasks
     python3 SLmain.py --model_name=esmm --resume   # go on where a run was stopped
 """
 
@@ -39,7 +40,7 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
         return train_baseline(settings)
     if settings.polish_method != "constant":
         find_critics(settings)  # better refused now than after the baseline's training
-    if not settings.baseline(model_name).exists():
+    if not settings.baseline(model_name).exists() and settings.weighting == "equal":
         print(f"{settings.baseline(model_name)}: no baseline of {model_name} yet: it is trained first\n")
         train_baseline(replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
         print(f"\nnow polishing {model_name}")
@@ -59,11 +60,14 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
                       settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
-    save_model(baseline, model, identity)
     catemapper.save(run.books / "catemapper.json")
+    saved = [run.model]
+    if settings.weighting == "equal":  # other weightings are measured against the baseline, and leave it alone
+        save_model(baseline, model, identity)
+        saved.append(baseline)
 
     report(splits, stopper.best_accuracy, metrics)
-    print(f"saved {run.model} and {baseline}; curves: {run.curves}")
+    print(f"saved {' and '.join(map(str, saved))}; curves: {run.curves}")
     return metrics
 
 

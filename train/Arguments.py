@@ -16,6 +16,7 @@ from typing import Any, NoReturn, TypeVar
 from dataset.files import UserError
 from slmodels import MODELS
 from train.utils import RlLossPolisher
+from train.weighting import WEIGHTINGS
 
 BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # of all models and critics, as documented
 TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
@@ -84,6 +85,8 @@ class SLArguments(ModelArguments, DataArguments):
     weight_decay: float = setting(1e-6, "L2, of Adam", low=0)
     dropout: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
     calibrator: float = setting(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
+    weighting: str = setting("equal", "how the tasks' losses become one step; all but equal and uncertainty need "
+                             "requirements-weighting.txt", choices=WEIGHTINGS)
     save_dir: str = setting("chkpt/SL", "where runs write")
     polish_lambda: float = setting(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)

@@ -106,8 +106,10 @@ class RunFolder:
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
         """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
-        folder of its name there."""
+        folder of its name there. Another weighting than equal is part of the name."""
         name = f"{settings.dataset_name}_{settings.model_name}"
+        if settings.weighting != "equal":
+            name += f"_{settings.weighting}"
         folder, run = Path(settings.save_dir) / name, f"{name}_{settings.polish_lambda}"
         if settings.polish_lambda and settings.polish_method != "full":
             run += f"_{settings.polish_method}"

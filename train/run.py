@@ -36,6 +36,7 @@ from train.offline import (
 )
 from train.plots import plot_panels
 from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed
+from train.weighting import Weighting, make_weighting
 
 __all__ = [
     "discounted_returns",
@@ -110,34 +111,37 @@ def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: i
 
 def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Batches,
             criterion: Callable[[Tensor, Tensor], Tensor], device: torch.device | str,
-            polisher: Polisher | None = None, log_interval: int = 100) -> float:
+            polisher: Polisher | None = None, log_interval: int = 100, weighting: Weighting | None = None) -> float:
     """Train for one epoch; with several processes (`train.world`) each works on its share of every batch.
 
     Args:
         criterion: predictions and labels (B, T) to losses, (B, T) or their mean ().
         polisher: weights the losses of samples and tasks; it needs a criterion that does not average.
         log_interval: steps between two updates of the loss in the progress bar.
+        weighting: how the tasks' losses become one step; default equal. It needs a criterion that does not average.
 
     Returns:
         The mean loss of the epoch. Raises UserError where it is no longer a number.
     """
     model.train()
+    weighting = weighting or Weighting()
     total, rows = torch.zeros((), device=device), 0
     with tqdm(data_loader, "train", unit="batch", leave=False, disable=None) as bar:
         for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
             (categorical_x, numerical_x, labels), part = world.share(
                 [x.to(device) for x in (categorical_x, numerical_x, labels)])
             try:
-                loss = _loss(model, categorical_x, numerical_x, labels, criterion, polisher)
+                losses = _losses(model, categorical_x, numerical_x, labels, criterion, polisher)
             except RuntimeError as error:  # torch refuses predictions that are not within [0, 1]
                 if "between 0 and 1" not in str(error):
                     raise
                 raise _diverged("predictions are not numbers") from error
             optimizer.zero_grad()
-            (part * loss).backward()
+            weighting.backward(part * losses, model)
             world.sum_gradients(model)
             optimizer.step()
-            total += loss.detach() * len(labels)
+            weighting.step()
+            total += losses.detach().mean() * len(labels)
             rows += len(labels)
             if step % log_interval == 0 or step == len(data_loader):
                 bar.set_postfix(loss=f"{float(total) / rows:.4f}")
@@ -148,9 +152,12 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
     return mean
 
 
-def _loss(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor,
-          criterion: Callable[[Tensor, Tensor], Tensor], polisher: Polisher | None) -> Tensor:
-    """The mean loss of a batch, weighted; with AITM's calibrator; MetaHeac's after its step on half of the batch."""
+def _losses(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor,
+            criterion: Callable[[Tensor, Tensor], Tensor], polisher: Polisher | None) -> Tensor:
+    """The tasks' mean losses (T,) on a batch, its samples weighted; where the criterion averages, their mean ().
+
+    AITM's come with its calibrator, MetaHeac's after its step on half of the batch.
+    """
     if isinstance(model, MetaHeac):
         labels = labels[:, : model.tasks.num_embeddings]
         weights = (torch.ones_like(labels) if polisher is None
@@ -159,13 +166,14 @@ def _loss(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels: 
         predictions = model.adapted((categorical_x[:half], numerical_x[:half]),
                                     lambda p: (criterion(p, labels[:half]) * weights[:half]).mean(),
                                     (categorical_x[-half:], numerical_x[-half:]))
-        return (criterion(predictions, labels[-half:]) * weights[-half:]).mean()
+        return (criterion(predictions, labels[-half:]) * weights[-half:]).mean(dim=0)
     predictions = model(categorical_x, numerical_x)
     labels = labels[:, : predictions.shape[1]]
     losses = criterion(predictions, labels)
     if polisher is not None:
         losses = losses * polisher.weights(categorical_x, numerical_x, labels)
-    return losses.mean() + (model.penalty(predictions) if isinstance(model, AITM) else 0.0)
+    losses = losses.mean(dim=0) if losses.ndim else losses
+    return losses + model.penalty(predictions) if isinstance(model, AITM) else losses
 
 
 def _diverged(what: str) -> UserError:
@@ -226,6 +234,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     train = Batches(splits.train, settings.batch_size, device, seed=settings.seed)
     val = Batches(splits.val, EVALUATION_BATCH, device)
     criterion = nn.BCELoss(reduction="none")
+    weighting = make_weighting(settings.weighting, settings.task_num, settings.learning_rate, device)
     rows: list[dict[str, Any]] = []
     first, going = 1, True
 
@@ -235,6 +244,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         model.load_state_dict(state["model"])
         set_optim_param(optimizer, state["optimizer"])
         stopper.load_state_dict(state["stopper"])
+        weighting.load_state_dict(state["weighting"])
         rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
     elif polisher is not None:
@@ -246,7 +256,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
             break
         set_seed(settings.seed, epoch)
         train.epoch = epoch
-        loss = sltrain(model, optimizer, train, criterion, device, polisher)
+        loss = sltrain(model, optimizer, train, criterion, device, polisher, weighting=weighting)
         metrics = evaluate(model, val, settings.task_num, device)
         going = stopper.is_continuable(model, validation_score(metrics), epoch)
         rows.append({"split": "val", "epoch": epoch, "loss": loss, **_named(splits, metrics)})
@@ -258,6 +268,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
             save_model(run.model, stopper.best_state, identity)
         save_tensors(run.state, {"epoch": epoch, "going": going, "model": model.state_dict(), "metrics": rows,
                                  "optimizer": get_optim_param(optimizer), "stopper": stopper.state_dict(),
+                                 "weighting": weighting.state_dict(),
                                  "settings": asdict(settings), "fingerprint": splits.fingerprint})
     if going:
         print(f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch): validation AUC may still rise")
