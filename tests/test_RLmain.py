@@ -147,7 +147,8 @@ def test_q_ranks_at_least_half_as_well_as_the_truth(shop: Path) -> None:
     succeed(shop, "SLmain.py", "--model_name=esmm", *SL[:2], "--epoch=10", "--learning_rate=0.003", "--device=cpu")
     said = succeed(shop, "RLmain.py", *RL[:3], "--init_episode=1000", "--refill", "--epoch=3", "--epoch_updates=50",
                    "--batch_size=256")
-    found = re.findall(r"rank correlation of Q with the return (-?\d\.\d+) \(the true expected return: (-?\d\.\d+)\)",
+    found = re.findall(r"rank correlation of Q with the return (-?\d\.\d+) "
+                       r"\(ideal predictions and their true expected return: (-?\d\.\d+)\)",
                        said)
     assert len(found) == 2, said
     for reached, possible in found:
