@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from dataset import files
 from layers import kernels
 
-RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, SIZE = 0, 1
+if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():  # as torchrun sets them, all three
+    RANK, SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 class _NoTerminal(io.TextIOWrapper):
