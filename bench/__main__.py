@@ -19,12 +19,12 @@ from statistics import median
 from typing import Any
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from bench.measure import REPOSITORY
-from dataset.files import atomic_file, exit_on_user_error, write_json, write_text
+from dataset.files import exit_on_user_error, write_json
+from train.plots import save_figure
 
 MODELS = ("esmm", "mmoe", "ple")
 TITLES = {"esmm": "ESMM", "mmoe": "MMoE", "ple": "PLE"}
@@ -106,7 +106,6 @@ def plot(results: Results, path: Path) -> None:
             high.append(max(values) - median(values))
             goals.append(floor)
     figure = Figure(figsize=(9, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     places = range(len(labels), 0, -1)
     axes.barh(places, middle, xerr=[low, high], color="tab:blue", alpha=0.8, capsize=3)
@@ -120,8 +119,7 @@ def plot(results: Results, path: Path) -> None:
     axes.set_yticks(list(places), labels)
     axes.set_xlabel("rows a second, times those of torch-rechub 0.9.0 (same table, same run)")
     axes.legend(loc="upper right")
-    with atomic_file(path) as partial, open(partial, "wb") as file:
-        figure.savefig(file, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 def machine() -> dict[str, Any]:
@@ -147,9 +145,8 @@ def main() -> None:
                 bar.update()
     print(table(results))
     write_json(arguments.out / "results.json", {"machine": machine(), "repeats": arguments.repeats, "results": results})
-    write_text(arguments.out / "results.md", table(results) + "\n")
     plot(results, arguments.out / "results.png")
-    print(f"\nwritten to {arguments.out / 'results.json'}, results.md and results.png")
+    print(f"\nwritten to {arguments.out / 'results.json'} and results.png")
 
 
 if __name__ == "__main__":

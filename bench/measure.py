@@ -31,13 +31,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents import DDPG_ESMM_BC
 from dataset.files import read_table
 from dataset.prepare import prepare
-from dataset.rtrl import Batches, RetailRocketRLDataset, Splits, load_splits
-from dataset.simulate import Size, simulate
+from dataset.rtrl import Batches, RetailRocketRLDataset, Splits
+from dataset.simulate import Size
 from env import MTEnv
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
 from train.checkpoint import model_identity, save_model
 from train.offline import fill
-from train.run import DROPOUT, EVALUATION_BATCH, evaluate, get_model, sltrain
+from train.run import DROPOUT, EVALUATION_BATCH, evaluate, get_dataset, get_model, sltrain
 from train.utils import Catemapper, map_splits, pick_device, set_seed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -64,10 +64,7 @@ def rate(action: Callable[[], Any], amount: float, repeats: int = 1) -> float:
 
 def data(folder: Path, numerical: str = "session") -> Splits:
     """The default simulated data, made in `folder` on first use, mapped as by default."""
-    if not (folder / "rt").exists():
-        simulate(folder / "raw", Size())
-        prepare(folder / "raw", folder / "rt")
-    splits = load_splits(folder / "rt", numerical)  # type: ignore[arg-type]
+    splits = get_dataset("rt", str(folder), numerical)
     map_splits(splits, 0.2)
     return splits
 

@@ -15,13 +15,13 @@ import time
 from pathlib import Path
 
 import pandas as pd
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from bench.__main__ import machine
 from bench.measure import REPOSITORY, data
-from dataset.files import atomic_file, write_json
+from dataset.files import write_json
 from dataset.mdp import SPLITS
+from train.plots import save_figure
 
 MILLIONS = (0.1, 0.3, 1.0, 3.0, 10.0)
 COMMAND = ("SLmain.py", "--dataset_name=scaled", "--model_name=esmm", "--epoch=1")
@@ -72,7 +72,6 @@ def main() -> None:
 def plot(results: list[dict[str, float]], path: Path) -> None:
     """Seconds and memory over the rows, beside the line from the first point to the last."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     rows_m = [one["rows"] / 1e6 for one in results]
     for axes, (key, label) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("gib", "GiB at the most")),
                                   strict=True):
@@ -86,8 +85,7 @@ def plot(results: list[dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle("SLmain.py, from CSV to test metrics: ESMM, 1 epoch", fontsize=10)
-    with atomic_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=120)
+    save_figure(figure, path)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ BYTES_A_ROW = 256  # at the most, while tables become arrays (measured by `bench
 _PUBLISHED: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
     "categorical": list(PROPERTIES),
+    "tables": {"item_feadf.csv": {"key": "itemid", "fields": list(PROPERTIES)}},
+    "context": [],
     "long_tailed": list(LONG_TAILED),
     "tasks": list(TASKS),
 }
@@ -235,7 +237,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
                         "one of your own files")
     prepared = (path / "manifest.json").exists()
     manifest = _read_manifest(path / "manifest.json") if prepared else dict(_PUBLISHED)
-    layout = manifest.get("tables", {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}})
+    layout = manifest["tables"]
     files = [*(f"{name}.csv" for name in SPLITS), *layout]
     missing = [name for name in files if not (path / name).exists()]
     if missing:
@@ -270,17 +272,18 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             raise UserError(f"{file}: '{key}' is missing or of the wrong kind: run python3 -m dataset.prepare again")
     if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
         raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
-    tables, context = manifest.get("tables", {}), manifest.get("context", [])
+    manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
+                **manifest}  # as all manifests were before there were several tables
+    tables, context = manifest["tables"], manifest["context"]
     if not isinstance(context, list) or not isinstance(tables, dict) or not all(
             isinstance(one, dict) and isinstance(one.get("key"), str) and isinstance(one.get("fields"), list)
             for one in tables.values()):
         raise UserError(f"{file}: 'tables' gives each table of features a key and a list of fields; 'context' is a "
                         "list of fields")
-    if tables:
-        described = [*context, *(name for one in tables.values() for name in one["fields"])]
-        lost = [name for name in manifest["categorical"] if name not in described]
-        if lost:
-            raise UserError(f"{file}: field '{lost[0]}' of 'categorical' is in no table and not in 'context'")
+    described = [*context, *(name for one in tables.values() for name in one["fields"])]
+    lost = [name for name in manifest["categorical"] if name not in described]
+    if lost:
+        raise UserError(f"{file}: field '{lost[0]}' of 'categorical' is in no table and not in 'context'")
     return manifest
 
 
@@ -315,9 +318,9 @@ def _read_side(path: Path, key: str, fields: Sequence[str]) -> SideTable:
 
 def _read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
     labels = [str(task["label"]) for task in manifest["tasks"]]
-    keys = [str(one["key"]) for one in manifest.get("tables", {"": {"key": "itemid"}}).values()]
+    keys = [str(one["key"]) for one in manifest["tables"].values()]
     kinds: dict[str, Kind] = {"timestamp": "id", "sessionid": "id", "visitorid": "id", **dict.fromkeys(keys, "id"),
-                              **dict.fromkeys(manifest.get("context", []), "optional_text"),
+                              **dict.fromkeys(manifest["context"], "optional_text"),
                               **dict.fromkeys(labels, "label"),
                               **{f"{name}_time": "optional_id" for name in labels}}
     optional = ["sessionid", "visitorid", *(f"{name}_time" for name in labels)]

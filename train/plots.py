@@ -23,7 +23,6 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
         mark: where to draw a dotted line, for example the best epoch.
     """
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (name, curves) in zip(axes, panels.items(), strict=True):
         for label, values in curves.items():
@@ -39,5 +38,11 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
         if len(curves) > 1:
             axis.legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    FigureCanvasAgg(figure)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
