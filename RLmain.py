@@ -66,7 +66,8 @@ def main(settings: RLArguments) -> DDPG_ESMM:
 
     print()
     report(splits, val_env, agent, rows[-1])
-    test(test_env, agent, str(run.folder))
+    figures = test(test_env, agent, str(run.folder))
+    run.write_metrics([*rows, {"split": "test", "epoch": rows[-1]["epoch"], **figures}])
     print(f"saved the agent in {run.folder}; curves: {run.curves}")
     return agent
 

@@ -9,16 +9,19 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from dataset.files import check_writable, exit_on_user_error
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
-from train.checkpoint import RunFolder, load_model, model_identity, save_model, weights_digest
-from train.polish import find_critics, make_polisher, summary
+from train.checkpoint import RunFolder, load_model, model_identity, save_model, weights_digest, write_rows
+from train.polish import find_critics, make_polisher, summary, weights_against_loss
 from train.run import evaluate_split, get_dataset, get_model, slfit
 from train.utils import Metrics, map_splits, measure, pick_device, set_seed
 
@@ -55,9 +58,7 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
     check_writable(run.books, baseline.parent)
     catemapper = map_splits(splits, settings.feature_map_rate)
 
-    set_seed(settings.seed)
-    model = get_model(settings.model_name, catemapper.field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    model = fresh_model(settings, catemapper.field_dims, splits.train.numerical_num, device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
     catemapper.save(run.books / "catemapper.json")
@@ -78,15 +79,18 @@ def polish(settings: SLArguments) -> list[Metrics]:
     check_writable(run.books)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
 
-    model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    model = fresh_model(settings, field_dims, splits.train.numerical_num, device)
+    scratch = copy.deepcopy(model.state_dict())  # where the baseline itself began: with weights of 1 it comes out again
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
     load_model(settings.baseline(settings.model_name), model, identity,
                "give the same settings as then, or train the baseline again: "
                + settings.command("SLmain.py", "model_name", settings.model_name))
     before = evaluate_split(model, splits.test, settings.task_num, device)
     polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
+    if settings.polish_start == "scratch":
+        model.load_state_dict(scratch)
     start = weights_digest(model)
+    write_rows(run.weights_table, weights_against_loss(model, polisher, splits.val, splits.task_names, device))
     stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)
 
     report(splits, stopper.best_accuracy, metrics)
@@ -95,6 +99,13 @@ def polish(settings: SLArguments) -> list[Metrics]:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
     print(f"saved {run.model}; weights: {run.weights}, curves: {run.curves}")
     return metrics
+
+
+def fresh_model(settings: SLArguments, field_dims: list[int], numerical_num: int, device: torch.device) -> nn.Module:
+    """The untrained model of the settings; the same seed gives the same weights."""
+    set_seed(settings.seed)
+    return get_model(settings.model_name, field_dims, numerical_num, settings.task_num, settings.expert_num,
+                     settings.embed_dim, settings.dropout, settings.calibrator).to(device)
 
 
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:

@@ -8,7 +8,9 @@
    with fewer than `--min_session` rows (default 1) are dropped.
 5. click = is_click; long_view = is_click and long_view. A click is known at once, a long view when the watching ended:
    click_time and long_view_time say when (empty: never), so that features of later rows leave out what was not known.
-6. Users and videos have a table each, of fields that do not change with what follows; fields that count are left to
+6. The numbers that tell the session so far look back over all earlier rows of the user, those of earlier splits
+   included: when a row is shown, they are known.
+7. Users and videos have a table each, of fields that do not change with what follows; fields that count are left to
    their ranges. Rows whose user or video is not in its table keep empty cells. Times are Unix time in ms.
 """
 
@@ -51,7 +53,7 @@ def read(raw: Path, session_gap: float, min_session: int) -> Tables:
         source="KuaiRand", rows=table, cuts=cuts, boundary=int(table["timestamp"].iloc[cuts[1]:cuts[2]].min()),
         account=[*account, *user_account, *video_account], inputs=[*logs, *users, *videos],
         sides={"user_feadf.csv": SideTable("userid", user_table), "item_feadf.csv": SideTable("itemid", video_table)},
-        context=["tab"], long_tailed=list(LONG_TAILED), tasks=list(TASKS))
+        context=["tab"], history="userid", long_tailed=list(LONG_TAILED), tasks=list(TASKS))
 
 
 def _find(raw: Path, stem: str) -> list[Path]:
@@ -119,7 +121,7 @@ def _rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.D
 
 def _side(paths: list[Path], key: str, name: str, fields: tuple[str, ...], met: NDArray[np.int64],
           what: str) -> tuple[pd.DataFrame, list[Line]]:
-    """Step 6: the fields of those who are met in the rows; and the account."""
+    """Step 7: the fields of those who are met in the rows; and the account."""
     whole = pd.concat([read_table(path, {key: "id", **dict.fromkeys(fields, "optional_text")}) for path in paths],
                       ignore_index=True)
     twice = whole[key].duplicated()

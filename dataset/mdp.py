@@ -48,6 +48,8 @@ class Tables:
         boundary: when validation starts, ms; side tables know nothing later where the source can tell.
         sides: file name to table.
         context: fields that are columns of the rows themselves.
+        history: the key over whose earlier rows the session-so-far numbers look back, such as the user's; "": the
+            session's only.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
         tasks: objects with "name" and "label"; the first is CTR.
         simulation, truth: of a simulated log, its settings and the true probabilities of the rows.
@@ -63,6 +65,7 @@ class Tables:
     context: list[str]
     long_tailed: list[str]
     tasks: list[dict[str, str]]
+    history: str = ""
     simulation: dict[str, Any] | None = None
     truth: pd.DataFrame | None = None
 
@@ -104,6 +107,7 @@ def write(tables: Tables, out: Path, settings: Mapping[str, Any]) -> None:
             "categorical": [*tables.context, *(name for side in tables.sides.values() for name in side.fields)],
             "long_tailed": tables.long_tailed,
             "context": tables.context,
+            "history": tables.history,
             "tables": {name: {"key": side.key, "fields": side.fields} for name, side in tables.sides.items()},
             "tasks": tables.tasks,
             "rows": {name: len(split) for name, split in tables.splits.items()},

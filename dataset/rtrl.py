@@ -38,6 +38,7 @@ _PUBLISHED: dict[str, Any] = {
     "categorical": list(PROPERTIES),
     "tables": {"item_feadf.csv": {"key": "itemid", "fields": list(PROPERTIES)}},
     "context": [],
+    "history": "",
     "long_tailed": list(LONG_TAILED),
     "tasks": list(TASKS),
 }
@@ -57,7 +58,7 @@ class RetailRocketRLDataset:
     Attributes:
         fields: per field name its `Field`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`.
-        numerical: (n, N) float32, the session so far (`NUMERICAL`), or one column of zeros.
+        numerical: (n, N) float32, the session or the user so far (`NUMERICAL`), or one column of zeros.
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are neighbours.
         timestamp: (n,) int64 ms.
@@ -65,8 +66,12 @@ class RetailRocketRLDataset:
     """
 
     def __init__(self, table: pd.DataFrame, items: pd.DataFrame | Sequence[SideTable], field_names: list[str],
-                 label_names: list[str], numerical: Numerical = "session", truth: pd.DataFrame | None = None) -> None:
-        """Fields come from the item table, or from several side tables; what is in none is a column of `table`."""
+                 label_names: list[str], numerical: Numerical = "session", truth: pd.DataFrame | None = None,
+                 so_far: Floats | None = None) -> None:
+        """Fields come from the item table, or from several side tables; what is in none is a column of `table`.
+
+        so_far: the numbers of `table`'s rows (n, N), where they look back further than the session (`history_so_far`).
+        """
         order = _session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy(copy=True)
@@ -80,8 +85,10 @@ class RetailRocketRLDataset:
         rows = np.arange(len(table))
         self.fields = {name: self.fields[name] if name in self.fields else _field(table[name].to_numpy(), rows)
                        for name in field_names}
-        self.numerical: Floats = (session_so_far(table, label_names) if numerical == "session"
-                                  else np.zeros((len(table), 1), np.float32))
+        if numerical == "none":
+            self.numerical: Floats = np.zeros((len(table), 1), np.float32)
+        else:
+            self.numerical = session_so_far(table, label_names) if so_far is None else so_far[order]
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
 
@@ -202,6 +209,20 @@ def session_so_far(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")
     return np.column_stack([*columns, *lasts, np.log1p(gap) / 10.0]).astype(np.float32)
 
 
+def history_so_far(tables: Mapping[str, pd.DataFrame], key: str, labels: Sequence[str]) -> dict[str, Floats]:
+    """`session_so_far` of all that has the same `key`, a user, across the borders of sessions and splits.
+
+    The splits follow each other in time, so that a test row may know what the user did in training: it was known when
+    the row was shown. Takes the tables by split, in order; gives each one's numbers (n, 6), row by row.
+    """
+    rows = pd.concat(tables.values(), ignore_index=True).assign(sessionid=lambda whole: whole[key])
+    order = np.lexsort((np.arange(len(rows)), rows["timestamp"], rows["sessionid"]))
+    numbers = np.empty((len(rows), len(NUMERICAL)), np.float32)
+    numbers[order] = session_so_far(rows.iloc[order].reset_index(drop=True), labels)
+    ends = np.cumsum([len(table) for table in tables.values()])
+    return dict(zip(tables, np.split(numbers, ends[:-1]), strict=True))
+
+
 def _known_outcomes(table: pd.DataFrame, label: str, start: Ids, rows: Ids) -> tuple[NDArray[Any], NDArray[Any]]:
     """How many outcomes of earlier rows are known at each row, and whether the row before has a known one."""
     happened = table[label].to_numpy() > 0
@@ -259,8 +280,9 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
         if len(shared) and prepared:
             raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits share no sessions")
     truth = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else {}
-    splits = {name: RetailRocketRLDataset(tables[name], sides, names, labels, numerical, truth.get(name))
-              for name in SPLITS}
+    history = history_so_far(tables, manifest["history"], labels) if manifest["history"] else {}
+    splits = {name: RetailRocketRLDataset(tables[name], sides, names, labels, numerical, truth.get(name),
+                                          history.get(name)) for name in SPLITS}
     return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
 
 
@@ -273,13 +295,15 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
         raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
     manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
-                **manifest}  # as all manifests were before there were several tables
-    tables, context = manifest["tables"], manifest["context"]
+                "history": "", **manifest}  # as all manifests were before there were several tables
+    tables, context, history = manifest["tables"], manifest["context"], manifest["history"]
     if not isinstance(context, list) or not isinstance(tables, dict) or not all(
             isinstance(one, dict) and isinstance(one.get("key"), str) and isinstance(one.get("fields"), list)
             for one in tables.values()):
         raise UserError(f"{file}: 'tables' gives each table of features a key and a list of fields; 'context' is a "
                         "list of fields")
+    if history not in ("", *(one["key"] for one in tables.values())):
+        raise UserError(f"{file}: 'history' is the key of one of the tables, not {history!r}")
     described = [*context, *(name for one in tables.values() for name in one["fields"])]
     lost = [name for name in manifest["categorical"] if name not in described]
     if lost:

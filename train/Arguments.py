@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from train.weighting import WEIGHTINGS
 BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # of all models and critics, as documented
 TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
 
-Settings = TypeVar("Settings", bound="ModelArguments")
+Settings = TypeVar("Settings", bound="Arguments")
 
 
 def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
@@ -32,12 +33,8 @@ def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] =
 
 
 @dataclass(kw_only=True)
-class ModelArguments:
-    """How large a model is. Checks every setting's range. Raises UserError."""
-
-    task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
-    expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
-    embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
+class Arguments:
+    """The settings of a program. Checks every setting's range. Raises UserError."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
@@ -45,7 +42,16 @@ class ModelArguments:
 
 
 @dataclass(kw_only=True)
-class DataArguments:
+class ModelArguments(Arguments):
+    """How large a model is."""
+
+    task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
+    expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
+    embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
+
+
+@dataclass(kw_only=True)
+class DataArguments(Arguments):
     """Data and files: where they are and how they are read."""
 
     dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path")
@@ -91,10 +97,22 @@ class SLArguments(ModelArguments, DataArguments):
     polish_lambda: float = setting(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
     polish_method: str = setting(
-        "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, or a control: constant "
-        "1, shuffled those of full on the wrong samples", choices=RlLossPolisher.METHODS)
+        "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
+        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardised Q; or a control: constant 1, shuffled and "
+        "contrast_shuffled those of full and contrast on the wrong samples",
+        choices=RlLossPolisher.METHODS)
+    polish_normalise: bool = setting(False, "divide the weights of a polish run by their mean over the batch")
+    polish_start: str = setting("baseline", "what a polish run trains: the baseline, or a model from scratch",
+                                choices=["baseline", "scratch"])
+    polish_rate: float = setting(0.1, "of a polish run that starts from the baseline: its learning rate as a share of "
+                                 "--learning_rate", low=0, high=100)
     critic_from: str = setting("", "the model whose critics weight the loss (default its own, else any others)")
     critic_dir: str = setting("chkpt/RL", "where RLmain.py writes critics")
+
+    @property
+    def finetunes(self) -> bool:
+        """Whether this is a polish run that goes on from the baseline."""
+        return self.polish_lambda > 0 and self.polish_start == "baseline"
 
 
 @dataclass(kw_only=True)
@@ -148,6 +166,17 @@ def check(one: Field[Any], value: Any) -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help explains every flag)")
+
+
+def command_of(program: str, settings: Arguments) -> str:
+    """The command line that `parse` reads these settings from."""
+    words = ["python3", program]
+    for one in fields(settings):
+        value = getattr(settings, one.name)
+        if value != one.default:
+            flag = one.metadata["flag"] or f"--{one.name}"
+            words.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:

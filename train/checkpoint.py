@@ -102,6 +102,7 @@ class RunFolder:
         self.metrics = self.books / "metrics.csv"
         self.curves = self.books / "curves.png"
         self.weights = self.books / "weights.png"
+        self.weights_table = self.books / "weights.csv"
 
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
@@ -111,8 +112,10 @@ class RunFolder:
         if settings.weighting != "equal":
             name += f"_{settings.weighting}"
         folder, run = Path(settings.save_dir) / name, f"{name}_{settings.polish_lambda}"
-        if settings.polish_lambda and settings.polish_method != "full":
-            run += f"_{settings.polish_method}"
+        if settings.polish_lambda:
+            run += "".join(f"_{what}" for what, said in (
+                (settings.polish_method, settings.polish_method != "full"),
+                ("normalised", settings.polish_normalise), ("scratch", settings.polish_start == "scratch")) if said)
         return cls(folder, run, folder / run if settings.polish_lambda else None)
 
     @classmethod
@@ -153,10 +156,15 @@ class RunFolder:
                                  "start": start, "data_fingerprint": fingerprint, "data": dict(manifest)})
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Write the table of metrics, figures in full; columns are those of all rows, in order of appearance."""
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(self.metrics, text.getvalue())
+        """Write the table of metrics, figures in full."""
+        write_rows(self.metrics, rows)
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a CSV file; its columns are those of all rows, in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())

@@ -214,7 +214,7 @@ def test(environment: MTEnv, agent: DDPG_ESMM, save_dir: str) -> dict[str, float
     figures: dict[str, float] = {"score": float(played["reward"].sum() / len(sessions.starts))}
     for task in range(agent.task_num):
         metrics = measure(played["action"][:, task], sessions.labels[:, task], sessions.session)
-        figures |= {f"auc_{task}": metrics.auc, f"logloss_{task}": metrics.logloss}
+        figures |= {f"{name}_{task}": value for name, value in metrics._asdict().items()}
         print(f"test: actor, task {task}, AUC {metrics.auc:.4f}, Log-loss {metrics.logloss:.4f}")
     print(f"test: score {figures['score']:.4f}, the mean return of a session")
     return figures

@@ -8,14 +8,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from dataset.files import UserError, read_json
+from dataset.rtrl import Batches, RetailRocketRLDataset
+from env import reward_of
 from layers import CriticNeg
 from slmodels import MODELS
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
 from train.checkpoint import RunFolder, load_model, load_tensors
+from train.run import EVALUATION_BATCH, slpred
 from train.utils import Metrics, RlLossPolisher
 
 CRITICS = ("critic1", "critic2")
@@ -41,7 +45,7 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
         critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         load_model(path, critic, same, remedy)
         critics.append(critic.to(device))
-    return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method)
+    return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalise)
 
 
 def find_critics(settings: SLArguments) -> tuple[Path, str]:
@@ -58,6 +62,25 @@ def find_critics(settings: SLArguments) -> tuple[Path, str]:
             return folder(name), name
     raise UserError(f"{folder(wanted[0])}: no critics there: train them first: "
                     + settings.command("RLmain.py", "actor_name", settings.critic_from or "esmm"))
+
+
+@torch.no_grad()
+def weights_against_loss(model: nn.Module, polisher: RlLossPolisher, split: RetailRocketRLDataset,
+                         task_names: Sequence[str], device: torch.device, groups: int = 10) -> list[dict[str, float]]:
+    """The samples of a split in ten groups of equal size, by their weight: per task and group the mean weight, the
+    model's mean logloss and the share of positive labels."""
+    batches = Batches(split, EVALUATION_BATCH, device)
+    weights = torch.cat([polisher.weights(*batch) for batch in batches]).double().cpu().numpy()  # (n, T)
+    polisher.seen.clear()
+    predictions = np.column_stack(slpred(model, batches, weights.shape[1], device))
+    losses = -reward_of(predictions, split.labels[:, : weights.shape[1]], "bce")
+    rows: list[dict[str, float]] = [{} for _ in range(groups)]
+    for task, name in enumerate(task_names[: weights.shape[1]]):
+        order = np.argsort(weights[:, task], kind="stable")
+        for row, group in zip(rows, np.array_split(order, groups), strict=True):
+            row |= {f"{what}_{name}": float(values[group, task].mean())
+                    for what, values in (("weight", weights), ("loss", losses), ("label", split.labels))}
+    return rows
 
 
 def summary(settings: SLArguments, start: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],

@@ -223,13 +223,14 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
           device: torch.device, polisher: Polisher | None = None) -> tuple[EarlyStopper, list[Metrics]]:
     """Train until validation no longer improves; return the stopper, which has the best weights, and test metrics.
 
-    With a polisher the run is a fine-tuning: the model's own score, before the first epoch, is the one to beat.
+    A polish run that starts from a baseline is a fine-tuning, at a rate of its own: the model's own score, before the
+    first epoch, is the one to beat.
 
     Each epoch ends with a commit to `run`. All that is random in an epoch is a function of (seed, epoch), so that a
     run that was stopped and goes on ends the same. At the end the model has its best weights.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay,
-                                 fused=True)
+    rate = settings.learning_rate * (settings.polish_rate if settings.finetunes else 1.0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True)
     stopper = EarlyStopper(settings.patience)
     train = Batches(splits.train, settings.batch_size, device, seed=settings.seed)
     val = Batches(splits.val, EVALUATION_BATCH, device)
@@ -247,7 +248,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         weighting.load_state_dict(state["weighting"])
         rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
-    elif polisher is not None:
+    elif settings.finetunes:
         metrics = evaluate(model, val, settings.task_num, device)
         stopper.is_continuable(model, validation_score(metrics), 0)
         rows.append({"split": "val", "epoch": 0, "loss": float("nan"), **_named(splits, metrics)})
@@ -279,7 +280,8 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     plot_panels(run.curves, _curves(splits.task_names, rows), [row["epoch"] for row in rows], mark=stopper.best_epoch,
                 title=run.name)
     if polisher is not None:
-        plot_panels(run.weights, _weight_curves(splits.task_names, rows[1:]), title=f"weights of {run.name}")
+        trained = [row for row in rows if row["epoch"]]
+        plot_panels(run.weights, _weight_curves(splits.task_names, trained), title=f"weights of {run.name}")
     return stopper, metrics
 
 

@@ -149,17 +149,21 @@ class RlLossPolisher:
         model: the model that is polished; a_k is its prediction.
         critics: one a task; none are needed for `constant`.
         polish_lambda: lambda.
-        method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `constant` 1; `shuffled` those of `full`,
-            permuted over the samples of the batch (a control: the same weights on the wrong samples).
+        method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `inverse` 1 / (1 - lambda Q); `contrast`
+            exp(-lambda (Q - mean Q) / std Q), over the batch, so that lambda says how far the weights spread; `constant`
+            1; `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples of the batch
+            (a control: the same weights on the wrong samples).
+        normalise: divide a task's weights by their mean over the batch, so that they change which samples count, not
+            how large the step is. This and `contrast` are the exceptions to "nothing else in the batch".
     """
 
-    METHODS = ("full", "label", "constant", "critic", "shuffled")
+    METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
 
     def __init__(self, model: nn.Module, critics: Sequence[nn.Module], polish_lambda: float,
-                 method: str = "full") -> None:
+                 method: str = "full", normalise: bool = False) -> None:
         if method not in self.METHODS:
             raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
-        self.model, self.polish_lambda, self.method = model, polish_lambda, method
+        self.model, self.polish_lambda, self.method, self.normalise = model, polish_lambda, method, normalise
         self.critics = [critic.eval().requires_grad_(False) for critic in critics]
         self.seen: list[Tensor] = []
 
@@ -177,9 +181,16 @@ class RlLossPolisher:
             if self.method == "label":
                 q = labels * q
             w = -q if self.method == "critic" else 1 - self.polish_lambda * q
-            if self.method == "shuffled":
+            if self.method == "inverse":
+                w = 1 / w
+            elif self.method.startswith("contrast"):
+                whole = world.gather([q])
+                w = torch.exp(-self.polish_lambda * (q - whole.mean(dim=0)) / (whole.std(dim=0) + 1e-6))
+            if self.method.endswith("shuffled"):
                 whole = world.gather([w])
                 (w,), _ = world.share([whole[torch.randperm(len(whole), device=w.device)]])
+            if self.normalise:
+                w = w / world.gather([w]).mean(dim=0)
         self.seen.append(w)
         return w
 

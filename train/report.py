@@ -1,0 +1,334 @@
+"""From the rows of results.csv to a report: means, paired differences with interval and test, and plots.
+
+A difference is taken seed by seed between a run and its control, which share data, seed and start; its interval and its
+two-sided p-value are those of Student's t for paired samples. Where a table asks many questions at once, its p-values
+are Holm's, which bound the chance of any false alarm in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from scipy import stats
+
+from dataset.files import write_text
+from train.plots import save_figure
+
+Pair = tuple[str, str, str]  # model, arm, control
+LEVEL = 0.05
+FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences, its 95 % interval, the two-sided p-value and the number of pairs."""
+
+    mean: float
+    low: float
+    high: float
+    p: float
+    n: int
+
+
+def difference(ours: Sequence[float], control: Sequence[float]) -> Difference:
+    """Compare paired samples. Where they are equal throughout p is 1; with fewer than two pairs it is nan."""
+    d = np.asarray(ours, float) - np.asarray(control, float)
+    if len(d) < 2:
+        return Difference(float(d.mean()) if len(d) else np.nan, np.nan, np.nan, np.nan, len(d))
+    mean, spread = float(d.mean()), float(d.std(ddof=1)) / len(d) ** 0.5
+    if spread == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, len(d))
+    reach = float(stats.t.ppf(1 - LEVEL / 2, len(d) - 1)) * spread
+    return Difference(mean, mean - reach, mean + reach, float(stats.ttest_1samp(d, 0.0).pvalue), len(d))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (Holm 1979): the k-th smallest of m times (m - k + 1), never below a smaller one's."""
+    order, adjusted, above = np.argsort(p), np.empty(len(p)), 0.0
+    for rank, at in enumerate(order):
+        above = max(above, min(1.0, (len(p) - rank) * p[at]))
+        adjusted[at] = above
+    return [float(one) for one in adjusted]
+
+
+class Results:
+    """The rows of one data set."""
+
+    def __init__(self, table: pd.DataFrame) -> None:
+        self.table = table
+        self.tasks = [name.removeprefix("auc_") for name in table if name.startswith("auc_")]
+        self.models = list(dict.fromkeys(table.loc[table["table"] == "main", "model"]))
+
+    def arms(self, name: str) -> list[tuple[str, str, str]]:
+        """Model, arm and control of a table's arms that have test figures to compare, in order."""
+        rows = self.table[(self.table["table"] == name) & (self.table["control"] != "")]
+        return list(dict.fromkeys(zip(rows["model"], rows["arm"], rows["control"], strict=True)))
+
+    def of(self, model: str, arm: str, figure: str) -> pd.Series:
+        """A figure of an arm by seed."""
+        rows = self.table[(self.table["model"] == model) & (self.table["arm"] == arm)]
+        return rows.set_index("seed")[figure].astype(float)
+
+    def compare(self, model: str, arm: str, control: str, figure: str) -> Difference:
+        pairs = pd.concat([self.of(model, arm, figure), self.of(model, control, figure)], axis=1, join="inner")
+        return difference(pairs.iloc[:, 0].tolist(), pairs.iloc[:, 1].tolist())
+
+    def mean(self, model: str, arm: str, figure: str) -> str:
+        """Mean +- standard deviation over the seeds."""
+        values = self.of(model, arm, figure)
+        return f"{values.mean():.4f} ± {values.std():.4f}" if len(values) else "-"
+
+    def by_validation(self, arms: Sequence[str], model: str, name: str) -> Results:
+        """With one more arm: for every seed the one of `arms` that was best on validation."""
+        rows = self.table[(self.table["model"] == model) & self.table["arm"].isin(arms)].copy()
+        score = rows[[f"val_auc_{task}" for task in self.tasks]].astype(float).mean(axis=1)
+        best = rows.loc[score.groupby(rows["seed"]).idxmax()].assign(arm=name)
+        return Results(pd.concat([self.table, best], ignore_index=True))
+
+
+def write_report(rows: Sequence[dict[str, str]], out: Path, command: str) -> None:
+    """Write report.md and its plots into the folder `out`."""
+    table = pd.DataFrame(rows).fillna("")
+    parts = [_head(table, command)]
+    for dataset, of_it in table.groupby("dataset", sort=False):
+        results = Results(of_it.loc[:, (of_it != "").any()].reset_index(drop=True).astype({"seed": int}))
+        parts.append(_section(results, str(dataset), out))
+    write_text(out / "report.md", "\n\n".join(parts) + "\n")
+
+
+def _head(table: pd.DataFrame, command: str) -> str:
+    hours = table["seconds"].astype(float).sum() / 3600
+    data = ", ".join(f"{name} (`{rows['fingerprint'].iloc[0]}`)" for name, rows in table.groupby("dataset", sort=False))
+    machines = " / ".join(dict.fromkeys(table["machine"]))
+    return f"""# Results
+
+Written by
+
+    {command}
+
+from {len(table)} runs ({hours:.1f} hours of one thread each) on data {data} with {table["seed"].nunique()} seeds, on
+{machines}. Every run is a row of `results.csv`, with its command.
+
+Figures are of the test split, mean ± standard deviation over the seeds. Differences are taken seed by seed, in
+thousandths of AUC, with the 95 % interval and the two-sided p-value of a paired t-test (Holm: for all questions of the
+table together). **constant** is the control: the same start, the same budget, weights of 1. **shuffled** has the
+critics' weights on the wrong samples."""
+
+
+def _section(results: Results, dataset: str, out: Path) -> str:
+    parts = [f"## {dataset}", verdict(results), f"![gains]({dataset}_gain.png)", main_table(results),
+             gain_table(results, [(model, *pair) for model in results.models for pair in (
+                 ("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))])]
+    plot_gains(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
+    studied = results.models[0]
+    titles = {"transfer": "Critics of one model weight another", "ablation": f"Combinations of the weights ({studied})",
+              "lambda": "Lambda", "gamma": "Gamma, the critics' horizon", "tau": "Tau, the critics' soft update",
+              "tried": f"What else was tried with the critics ({studied})",
+              "weighting": f"Other ways to weight the tasks ({studied})",
+              "session": f"What the state sees of the session ({studied})"}
+    for name, title in titles.items():
+        pairs = results.arms(name)
+        if not pairs:
+            continue
+        with_best = results
+        if name == "lambda":
+            with_best = results.by_validation(["RMTL", *(arm for _, arm, _ in pairs)], studied, "lambda by validation")
+            pairs = [*pairs, (studied, "lambda by validation", "constant")]
+        if name in ("ablation", "lambda", "gamma", "tau"):
+            pairs = [(studied, "RMTL", "constant"), *pairs]
+        parts += [f"### {title}", gain_table(with_best, pairs, means=True)]
+    if any(results.arms(name) for name in ("lambda", "gamma", "tau")):
+        plot_sensitivity(results, out / f"{dataset}_sensitivity.png")
+        parts.append(f"![sensitivity]({dataset}_sensitivity.png)")
+    parts += ["### What the critics know, and what their weights do", critics_table(results)]
+    plot_weights(results, out / f"{dataset}_weights.png")
+    plot_learning(results, out / f"{dataset}_learning.png")
+    parts += [f"![weights against loss]({dataset}_weights.png)", "### Learning curves",
+              f"![learning curves]({dataset}_learning.png)"]
+    return "\n\n".join(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def verdict(results: Results) -> str:
+    """What the main comparison supports, in words."""
+    found = {(model, task): results.compare(model, "RMTL", "constant", f"auc_{task}")
+             for model in results.models for task in results.tasks}
+    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    better, worse = ([f"{model} {task} ({_thousandths(found[model, task])})" for model, task in found
+                      if adjusted[model, task] < LEVEL and sign * found[model, task].mean > 0] for sign in (1, -1))
+    parts = [*([f"beats its control on {', '.join(better)}"] if better else []),
+             *([f"falls behind its control on {', '.join(worse)}"] if worse else [])]
+    if not parts:
+        low, high = min(one.low for one in found.values()), max(one.high for one in found.values())
+        parts = [f"is not told apart from its control in any of {len(found)} comparisons (Holm, 5 %); all intervals "
+                 f"lie between {1000 * low:+.2f} and {1000 * high:+.2f} thousandths of AUC"]
+    pairs = next(iter(found.values())).n
+    return f"**RMTL {' and '.join(parts)}** (test AUC, {pairs} seeds)."
+
+
+def main_table(results: Results) -> str:
+    head = [f"{task} {title}" for task in results.tasks for title in FIGURES.values()]
+    lines = [_row(["model", "run", *head]), _row(["---"] * (2 + len(head)))]
+    for model in results.models:
+        for arm in ("baseline", "constant", "shuffled", "RMTL"):
+            if not results.of(model, arm, f"auc_{results.tasks[0]}").empty:
+                lines.append(_row([model, arm, *(results.mean(model, arm, f"{figure}_{task}")
+                                                 for task in results.tasks for figure in FIGURES)]))
+    return "\n".join(lines)
+
+
+def gain_table(results: Results, pairs: Sequence[Pair], means: bool = False) -> str:
+    """Differences in AUC of arms to their controls; with `means` the arms' own AUC, too."""
+    head = [text for task in results.tasks for text in (
+        *([f"{task} AUC"] if means else []), f"{task}: difference (interval)", "p", "p (Holm)")]
+    found = {(*pair, task): results.compare(*pair, f"auc_{task}") for pair in pairs for task in results.tasks}
+    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    lines = [_row(["model", "run", "against", *head]), _row(["---"] * (3 + len(head)))]
+    for model, arm, control in pairs:
+        cells = []
+        for task in results.tasks:
+            one = found[model, arm, control, task]
+            cells += [*([results.mean(model, arm, f"auc_{task}")] if means else []), _thousandths(one), f"{one.p:.3f}",
+                      f"{adjusted[model, arm, control, task]:.3f}"]
+        lines.append(_row([model, arm, control, *cells]))
+    return "\n".join(lines)
+
+
+def critics_table(results: Results) -> str:
+    """Per critics: rank correlation of Q with the return, held out; per weighted run: the spread of its weights."""
+    lines = [_row(["model", "critics", *(f"{task}: {what}" for task in results.tasks
+                                         for what in ("rank correlation", "zero outputs"))]),
+             _row(["---"] * (2 + 2 * len(results.tasks)))]
+    rows = results.table[results.table["arm"].str.startswith("critics")]
+    rows = rows[rows[f"val_rank_correlation_{results.tasks[0]}"] != ""] if len(rows) else rows
+    for model, arm in dict.fromkeys(zip(rows["model"], rows["arm"], strict=True)):
+        if (results.table["critics"] == f"{model} {arm}").any():
+            lines.append(_row([model, arm, *(
+                f"{results.of(model, arm, f'val_{figure}_{task}').mean():.{digits}}" for task in results.tasks
+                for figure, digits in (("rank_correlation", "3f"), ("zero_share", "1%")))]))
+    lines += ["", _row(["model", "run", *(f"{task}: {what}" for task in results.tasks for what in (
+        "weights, 5 % / 50 % / 95 %", "effective sample size"))]), _row(["---"] * (2 + 2 * len(results.tasks)))]
+    weighted = results.table[results.table["critics"] != ""]
+    for model, arm in dict.fromkeys(zip(weighted["model"], weighted["arm"], strict=True)):
+        cells = []
+        for task in results.tasks:
+            quantiles = [results.of(model, arm, f"weight_{name}_{task}").mean() for name in ("q05", "q50", "q95")]
+            cells += [" / ".join(f"{one:.2f}" for one in quantiles),
+                      f"{results.of(model, arm, f'weight_ess_{task}').mean():.0%}"]
+        lines.append(_row([model, arm, *cells]))
+    return "\n".join(lines)
+
+
+def _thousandths(one: Difference) -> str:
+    return f"{1000 * one.mean:+.2f} ({1000 * one.low:+.2f} to {1000 * one.high:+.2f})"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+# ------------------------------------------------------------------------------------------------------------ the plots
+
+
+def plot_gains(results: Results, path: Path, title: str) -> None:
+    """Gain of RMTL over its controls with its interval, per model and task."""
+    figure = Figure(figsize=(5.2 * len(results.tasks), 0.8 + 0.8 * len(results.models)), layout="constrained")
+    against = {"constant": ("tab:blue", "weights of 1, same budget"), "shuffled": ("tab:orange", "shuffled weights"),
+               "baseline": ("tab:grey", "baseline")}
+    axes = figure.subplots(1, len(results.tasks), squeeze=False, sharey=True)[0]
+    for axis, task in zip(axes, results.tasks, strict=True):
+        for row, model in enumerate(results.models):
+            for shift, (control, (colour, _)) in zip((-0.22, 0.0, 0.22), against.items(), strict=True):
+                one = results.compare(model, "RMTL", control, f"auc_{task}")
+                axis.plot([1000 * one.low, 1000 * one.high], [row + shift] * 2, color=colour, linewidth=2)
+                axis.plot(1000 * one.mean, row + shift, "o", color=colour, markersize=5)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(results.models)), results.models)
+        axis.set_ylim(len(results.models) - 0.5, -0.5)
+        axis.set_xlabel(f"gain in {task} test AUC, thousandths, 95 % interval")
+        _tidy(axis)
+    handles = [axes[0].plot([], [], "o-", color=colour, label=f"RMTL - {what}")[0] for colour, what in against.values()]
+    figure.legend(handles=handles, title=title, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    save_figure(figure, path)
+
+
+def plot_sensitivity(results: Results, path: Path) -> None:
+    """Gain over the control against lambda, gamma and tau."""
+    model = results.models[0]
+    names = [name for name in ("lambda", "gamma", "tau") if results.arms(name)]
+    figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
+    for axis, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
+        default = {"lambda": 1.0, "gamma": 0.9, "tau": 0.2}[name]
+        found = sorted([(default, "RMTL"), *((float(arm.split()[-1]), arm) for _, arm, _ in results.arms(name))])
+        for shift, task in enumerate(results.tasks):
+            ones = [results.compare(model, arm, "constant", f"auc_{task}") for _, arm in found]
+            reach = [1000 * (one.high - one.mean) for one in ones]
+            axis.errorbar(np.arange(len(found)) + 0.08 * shift, [1000 * one.mean for one in ones], reach, marker="o",
+                          markersize=4, capsize=3, label=task)
+        axis.set_xticks(range(len(found)), [f"{value:g}" for value, _ in found])
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xlabel(name)
+        _tidy(axis)
+    figure.axes[0].set_ylabel("AUC, thousandths, beside weights of 1")
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle(f"{model}: gain over the control, 95 % interval", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_weights(results: Results, path: Path) -> None:
+    """The baseline's loss on validation against the critics' weights of the same samples, by tenth of the weights."""
+    figure = Figure(figsize=(4.6 * len(results.tasks), 3.4), layout="constrained")
+    for axis, task in zip(figure.subplots(1, len(results.tasks), squeeze=False)[0], results.tasks, strict=True):
+        for model in results.models:
+            weight, loss = (_curves(results, model, "RMTL", f"deciles_{name}_{task}") for name in ("weight", "loss"))
+            axis.plot(np.nanmean(weight / np.nanmean(weight, axis=1, keepdims=True), axis=0), np.nanmean(loss, axis=0),
+                      marker="o", markersize=4, label=model)
+        axis.set_xlabel("weight, relative to the mean")
+        axis.set_ylabel("logloss")
+        axis.set_title(task, fontsize=10)
+        _tidy(axis)
+    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.suptitle("weights against loss, validation, by tenth", fontsize=11)
+    save_figure(figure, path)
+
+
+def plot_learning(results: Results, path: Path) -> None:
+    """Validation AUC, the mean of the tasks, by epoch: baselines; and what follows from each, weighted or not."""
+    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, model in enumerate(results.models):
+        for axis, arm, style in ((left, "baseline", "-"), (right, "RMTL", "-"), (right, "constant", "--")):
+            curves = np.mean([_curves(results, model, arm, f"curve_auc_{task}") for task in results.tasks], axis=0)
+            some = np.isfinite(curves).sum(axis=0) > len(curves) / 2  # epochs that most seeds reached
+            first = 1 if arm == "baseline" else 0
+            axis.plot(np.flatnonzero(some) + first, np.nanmean(curves[:, some], axis=0), style, color=f"C{number}",
+                      marker="o", markersize=3, label=f"{model}, {arm}")
+    left.set_title("baseline", fontsize=10)
+    right.set_title("from the baseline on: RMTL, and weights of 1", fontsize=10)
+    for axis in (left, right):
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(fontsize=8, frameon=False)
+        _tidy(axis)
+    left.set_ylabel("validation AUC, mean of the tasks")
+    save_figure(figure, path)
+
+
+def _curves(results: Results, model: str, arm: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The lists of numbers in a column (seeds, longest), the shorter ones filled up with nan."""
+    rows = results.table[(results.table["model"] == model) & (results.table["arm"] == arm)]
+    lists = [np.fromstring(text, sep=" ") for text in rows[name]]
+    longest = max(map(len, lists), default=0)
+    return np.array([np.pad(one, (0, longest - len(one)), constant_values=np.nan) for one in lists])
+
+
+def _tidy(axis: Any) -> None:
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
