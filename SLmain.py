@@ -57,7 +57,8 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
 
     set_seed(settings.seed)
     model = get_model(settings.model_name, catemapper.field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
+                      settings.window).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
     catemapper.save(run.books / "catemapper.json")
@@ -79,7 +80,8 @@ def polish(settings: SLArguments) -> list[Metrics]:
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
 
     model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
+                      settings.window).to(device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
     load_model(settings.baseline(settings.model_name), model, identity,
                "give the same settings as then, or train the baseline again: "

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dataset.files import UserError, read_json, write_json
 from dataset.rtrl import RetailRocketRLDataset, Splits
+from layers.session import window_of
 from train import world
 
 
@@ -161,11 +162,13 @@ class RlLossPolisher:
             raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
         self.model, self.polish_lambda, self.method = model, polish_lambda, method
         self.critics = [critic.eval().requires_grad_(False) for critic in critics]
+        self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
         self.seen: list[Tensor] = []
 
     @torch.no_grad()
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
-        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T)."""
+        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T); of windows, where one sees
+        the session."""
         if self.method == "constant":
             w = torch.ones_like(labels)
         else:
