@@ -4,6 +4,7 @@
     python3 SLmain.py --model_name=ple --polish=1  # fine-tune with w = 1 - 1 Q(s, a); RLmain.py makes the critics
     python3 SLmain.py --model_name=ple --polish=1 --polish_method=constant  # the control: weights of 1
     python3 SLmain.py --model_name=ple --weighting=uncertainty  # other ways to weight the tasks
+    python3 SLmain.py --model_name=esmm --encoder=gru    # a model that sees the session so far: chkpt/SL/rt_esmm_gru
     python3 SLmain.py --model_name=esmm --resume   # go on where a run was stopped
 """
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import layers.session
 import RLmain
 import SLmain
-from agents import DDPG_ESMM_BC
+from agents import DDPG_ESMM, DDPG_ESMM_BC, ReplayBuffer
 from agents.DDPG_ESMM import start_from_actor
 from dataset.rtrl import Batches, RetailRocketRLDataset
 from env import MTEnv
@@ -244,19 +244,21 @@ def test_an_encoder_learns_what_features_cannot_say(encoder: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ critics
 
 
-def agent_of(folder: Path, encoder: str, critic_encoder: str, lengths: list[int], window: int = 3) -> DDPG_ESMM_BC:
+def agent_of(folder: Path, encoder: str, critic_encoder: str, lengths: list[int], window: int = 3,
+             cls: type[DDPG_ESMM] = DDPG_ESMM_BC, **hyparams: Any) -> DDPG_ESMM:
     dataset = windows_of(lengths)
     actor = build("esmm", FIELD_DIMS, NUMBERS, *SIZES, 2, 2, 0.2, encoder, window)
     save_model(folder / ("rt_esmm.pt" if encoder == "none" else f"rt_esmm_{encoder}.pt"), actor, {})
-    return DDPG_ESMM_BC(MTEnv(dataset, is_seq=True, window=window), pretrain_path=str(folder), identity={},
-                        embed_dim=EMBED, bottom_mlp_dims=(16, 8), tower_mlp_dims=(8, 4), memory_size=200,
-                        batch_size=16, encoder=encoder, critic_encoder=critic_encoder)
+    return cls(MTEnv(dataset, is_seq=True, window=window), pretrain_path=str(folder), identity={}, embed_dim=EMBED,
+               bottom_mlp_dims=(16, 8), tower_mlp_dims=(8, 4), memory_size=200, batch_size=16, encoder=encoder,
+               critic_encoder=critic_encoder, **hyparams)
 
 
 @pytest.mark.parametrize(("encoder", "critic_encoder"), [("gru", "gru"), ("attention", "attention"), ("none", "gru"),
                                                          ("gru", "none"), ("gru", "attention")])
 def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encoder: str, critic_encoder: str) -> None:
     agent = agent_of(tmp_path, encoder, critic_encoder, [1, 3, 5, 2])
+    assert isinstance(agent, DDPG_ESMM_BC)
     dataset = windows_of([1, 3, 5, 2])
     for critic, target, _ in agent.critics():
         source = input_of(agent.actor.inner if isinstance(agent.actor, SessionModel) else agent.actor)
@@ -291,6 +293,22 @@ def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encode
                if name.startswith("encoder" if critic_encoder != "none" else "first"))
     assert all(np.isfinite(list(judge(agent.env, agent).values())))
     agent.critic1.revive()
+
+
+@with_encoders
+def test_ddpg_trains_the_actors_encoder_through_the_critics(tmp_path: Path, encoder: str) -> None:
+    agent = agent_of(tmp_path, encoder, encoder, [1, 3, 5, 2], cls=DDPG_ESMM, init_training_step=0)
+    one_iter_offline(agent)
+    assert isinstance(agent.actor, SessionModel)
+    before = agent.actor.encoder.step.weight.clone()
+    for _ in range(2):
+        agent.update()
+    assert not torch.equal(agent.actor.encoder.step.weight, before)
+
+
+def test_a_memory_of_windows_that_cannot_fit_is_refused() -> None:
+    assert "--memory_size=500000, states of 1000000000 numbers" in complaint(
+        lambda: ReplayBuffer(10**9, 2, 500_000, 8))
 
 
 def test_a_critic_that_sees_the_session_starts_from_an_actor_of_its_kind() -> None:
