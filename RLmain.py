@@ -3,6 +3,7 @@
     python3 RLmain.py                            # critics of the esmm baseline: chkpt/RL/res_TD3BC_esmm
     python3 RLmain.py --actor_name=ple
     python3 RLmain.py --agent=ddpg --init_training_step=1000    # the actor trains too
+    python3 RLmain.py --critic_encoder=gru --memory_path=pretrain/windows.npz    # critics that see the session so far
     python3 RLmain.py --resume                   # go on where a run was stopped
 """
 
@@ -33,7 +34,8 @@ def create_sub_agent(env: MTEnv, actor_name: str, agentcls: type[DDPG_ESMM], hyp
 def main(settings: RLArguments) -> DDPG_ESMM:
     """One run from the tables and the baseline to critics that have converged. Raises UserError."""
     device = pick_device(settings.device, settings.precision)
-    run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
+    run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent],
+                             settings.critics_name(settings.actor_name))
     baseline = settings.baseline(settings.actor_name)
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: run this first: "
@@ -42,20 +44,22 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     check_writable(run.books, Path(settings.memory_path).parent)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
     reward_type = cast(RewardType, settings.reward_type)
-    env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))
-    test_env = MTEnv(splits.test, reward_type, is_test=True)
+    state: dict[str, Any] = {"is_seq": settings.state_window > 0, "window": settings.window}
+    env, val_env = (MTEnv(split, reward_type, **state) for split in (splits.train, splits.val))
+    test_env = MTEnv(splits.test, reward_type, is_test=True, **state)
 
     set_seed(settings.seed)
     identity = model_identity(settings.actor_name, settings, splits.fingerprint, field_dims)
     same_names = ("gamma", "pretrain_path", "dataset_name", "embed_dim", "expert_num", "ou_noise_theta",
                   "ou_noise_gamma", "memory_size", "actor_reg", "tau", "soft_update_freq", "actor_update_freq",
-                  "init_training_step", "ips", "batch_size", "drop_out", "actor_lr", "critic_lr", "seed")
+                  "init_training_step", "ips", "batch_size", "drop_out", "actor_lr", "critic_lr", "seed", "encoder")
     hyparams = {name: getattr(settings, name) for name in same_names}
     agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
-                             {**hyparams, "identity": identity, "device": device})
+                             {**hyparams, "critic_encoder": settings.critics_see, "identity": identity,
+                              "device": device})
     start = weights_digest(agent.pretrain_actor)
     run.write_config(asdict(settings), splits.manifest, splits.fingerprint, start)
-    memory = {**identity, "actor": start,
+    memory = {**identity, **({"window": settings.state_window} if settings.state_window else {}), "actor": start,
               **{name: getattr(settings, name) for name in ("reward_type", "init_episode", "ou_noise_theta",
                                                             "ou_noise_gamma", "memory_size", "seed")}}
     rows = train_and_test_offline(

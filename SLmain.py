@@ -4,6 +4,7 @@
     python3 SLmain.py --model_name=ple --polish=1  # fine-tune with w = 1 - 1 Q(s, a); RLmain.py makes the critics
     python3 SLmain.py --model_name=ple --polish=1 --polish_method=constant  # the control: weights of 1
     python3 SLmain.py --model_name=ple --weighting=uncertainty  # other ways to weight the tasks
+    python3 SLmain.py --model_name=esmm --encoder=gru    # a model that sees the session so far: chkpt/SL/rt_esmm_gru
     python3 SLmain.py --model_name=esmm --resume   # go on where a run was stopped
 """
 
@@ -105,7 +106,8 @@ def fresh_model(settings: SLArguments, field_dims: list[int], numerical_num: int
     """The untrained model of the settings; the same seed gives the same weights."""
     set_seed(settings.seed)
     return get_model(settings.model_name, field_dims, numerical_num, settings.task_num, settings.expert_num,
-                     settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+                     settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
+                     settings.window).to(device)
 
 
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:

@@ -18,7 +18,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from dataset.files import UserError, exit_on_user_error
-from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.rtrl import RetailRocketRLDataset, first_rows, load_splits
 from train.utils import Catemapper
 
 RewardType = Literal["bce", "norm"]
@@ -45,7 +45,7 @@ class Sessions:
         self.labels, self.session = dataset.labels, dataset.session
         self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
         self.ends = np.append(self.starts[1:], len(self.session)) - 1  # (S,) last row of each session
-        self.first = np.repeat(self.starts, self.ends - self.starts + 1)  # (n,) first row of the row's session
+        self.first = first_rows(self.session)  # (n,)
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
 
         ids = np.array(self.field_dims, np.float32) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from agents.ReplayBuffer import ReplayBuffer, Transition
 from env import MTEnv
 from layers import Critic, CriticNeg
+from layers.session import SessionCritic, SessionModel, inner_of, input_of, make_critic
 from slmodels import build
 from train import world
-from train.checkpoint import load_model, save_model
+from train.Arguments import named
+from train.checkpoint import load_model, save_model, sight
 from train.utils import get_optim_param, set_optim_param
 
 Tensors = dict[str, Tensor]
@@ -29,10 +32,11 @@ class DDPG_ESMM:
     """Seven networks: pretrain_actor; actor, actor_target; critic1, critic2 and their targets.
 
     Args:
-        env: the sessions that are learned from.
+        env: the sessions that are learned from; windows of them (`is_seq`) for an encoder.
         actor_name: any model of `slmodels`; its baseline must lie in `pretrain_path`.
         identity: what that baseline must be (see `train.checkpoint.model_identity`); its file is
-            `<pretrain_path>/<dataset_name>_<actor_name>.pt`.
+            `<pretrain_path>/<dataset_name>_<actor_name>.pt`, with an encoder `..._<actor_name>_<encoder>.pt`.
+        encoder, critic_encoder: what actor and critics see of the session (`layers.session`), or none.
         gamma: discount of the next impression's reward.
         embed_dim, bottom_mlp_dims, tower_mlp_dims, drop_out: sizes of actor and critics.
         ou_noise_theta, ou_noise_gamma: mean and scale of the exploration noise.
@@ -51,24 +55,27 @@ class DDPG_ESMM:
                  memory_size: int = 500_000, actor_reg: float = 0.0, tau: float = 0.2, soft_update_freq: int = 2,
                  actor_update_freq: int = 2, init_training_step: int = 10_000, ips: bool = False,
                  batch_size: int = 512, drop_out: float = 0.2, actor_lr: float = 1e-3, critic_lr: float = 1e-3,
-                 device: torch.device | str = "cpu", seed: int = 2022) -> None:
+                 device: torch.device | str = "cpu", seed: int = 2022, encoder: str = "none",
+                 critic_encoder: str = "none") -> None:
         self.env, self.gamma, self.tau, self.device, self.identity = env, gamma, tau, device, identity
         self.noise_mean, self.noise_scale, self.actor_reg, self.ips = ou_noise_theta, ou_noise_gamma, actor_reg, ips
         self.soft_update_freq, self.actor_update_freq = soft_update_freq, actor_update_freq
         self.init_training_step, self.updates = init_training_step, 0
+        self.critic_encoder, window = critic_encoder, env.sessions.window
         self.fields, numerical_num = len(env.sessions.field_dims), env.sessions.numerical_num
+        self.state_shape = env.sessions.observation_space.shape  # (F + N,), or of windows (W, F + N)
         self.task_num = env.sessions.labels.shape[1]
-        self.memory = ReplayBuffer(self.fields + numerical_num, self.task_num, memory_size, batch_size, seed)
+        self.memory = ReplayBuffer(math.prod(self.state_shape), self.task_num, memory_size, batch_size, seed)
         self.rng = np.random.default_rng([seed, 7])
 
         actor = build(actor_name, env.sessions.field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims,
-                      self.task_num, expert_num, drop_out).to(device)
-        load_model(Path(pretrain_path) / f"{dataset_name}_{actor_name}.pt", actor, identity,
+                      self.task_num, expert_num, drop_out, encoder, window).to(device)
+        load_model(Path(pretrain_path) / f"{dataset_name}_{named(actor_name, encoder)}.pt", actor, identity,
                    f"train it first: python3 SLmain.py --model_name={actor_name}")
         self.pretrain_actor, self.actor, self.actor_target = actor, copy.deepcopy(actor), copy.deepcopy(actor)
         self.critic1, self.critic2 = (
-            CriticNeg(env.sessions.field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, drop_out)
-            .to(device) for _ in range(2))
+            make_critic(critic_encoder, window, env.sessions.field_dims, numerical_num, embed_dim, bottom_mlp_dims,
+                        tower_mlp_dims, drop_out).to(device) for _ in range(2))
         for task, critic in enumerate((self.critic1, self.critic2)):
             start_from_actor(critic, actor, task)
         self.critic1_target, self.critic2_target = copy.deepcopy(self.critic1), copy.deepcopy(self.critic2)
@@ -89,21 +96,22 @@ class DDPG_ESMM:
 
     @torch.no_grad()
     def select_action(self, state: NDArray[np.float32], noise: bool = True) -> NDArray[np.float32]:
-        """The actor's predictions for states (S,) or (B, S), with exploration noise, within [0, 1]: (T,) or (B, T)."""
-        categorical_x, numerical_x = self._split(torch.from_numpy(np.atleast_2d(state)).to(self.device))
+        """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), with
+        exploration noise, within [0, 1]: (T,) or (B, T)."""
+        categorical_x, numerical_x = self.split(torch.from_numpy(state).to(self.device))
         self.actor.eval()
         action = self.actor(categorical_x, numerical_x).cpu().numpy()
         if noise:
             drawn = self.rng.normal(self.noise_mean, self.noise_scale, action.shape)
             action = np.clip(action + drawn, 0.0, 1.0).astype(np.float32)
-        return action if state.ndim == 2 else action[0]
+        return action[0] if state.shape == self.state_shape else action
 
     def process_batch(self, transition: Transition) -> Tensors:
-        """A sampled batch as tensors: states split into ids (B, F) and numbers (B, N), the rest as it is."""
+        """A sampled batch as tensors: states split into ids and numbers, the rest as it is."""
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in transition.items()}
         batch = {name: tensors[name] for name in ("action", "reward", "done", "label")}
-        batch["categorical_x"], batch["numerical_x"] = self._split(tensors["state"])
-        batch["next_categorical_x"], batch["next_numerical_x"] = self._split(tensors["next_state"])
+        batch["categorical_x"], batch["numerical_x"] = self.split(tensors["state"])
+        batch["next_categorical_x"], batch["next_numerical_x"] = self.split(tensors["next_state"])
         batch["weight"] = torch.ones_like(batch["reward"])
         batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
         return batch
@@ -201,12 +209,13 @@ class DDPG_ESMM:
 
     def save_or_load_agent(self, cwd: str, if_save: bool) -> None:
         """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError."""
+        identity = {**self.identity, **sight(self.critic_encoder, self.env.sessions.window, "critic_")}
         for name, network in self.networks().items():
             path = Path(cwd) / f"{name}.pth"
             if if_save:
-                save_model(path, network, self.identity)
+                save_model(path, network, identity)
             else:
-                load_model(path, network, self.identity, "train them anew: python3 RLmain.py")
+                load_model(path, network, identity, "train them anew: python3 RLmain.py")
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but for the memory and the random numbers."""
@@ -223,11 +232,23 @@ class DDPG_ESMM:
             set_optim_param(getattr(self, f"{name}_optimizer"), tensors)
         self.updates = state["updates"]
 
-    def _split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        return state[:, : self.fields].long(), state[:, self.fields:]
+    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (B, F) and numbers (B, N), of windows (B, W, F) and (B, W, N), of observations or of states as the memory
+        has them, (B, W (F + N))."""
+        state = state.reshape(-1, *self.state_shape)
+        return state[..., : self.fields].long(), state[..., self.fields:]
 
 
+@torch.no_grad()
 def start_from_actor(critic: Critic, actor: nn.Module, task: int) -> None:
-    """Let a critic's embedding begin where the actor's stands; a single-task actor has one for each task."""
-    source = actor.inputs[task] if hasattr(actor, "inputs") else actor.input  # type: ignore[index]
-    critic.input.load_state_dict(source.state_dict())  # type: ignore[union-attr]
+    """Let a critic's embedding begin where the actor's stands; a single-task actor has one for each task. So does its
+    encoder of the session, if both have the same one."""
+    source = input_of(inner_of(actor), task)
+    critic.input.embedding.load_state_dict(source.embedding.state_dict())
+    mine, theirs = critic.input.numerical, source.numerical
+    both = min(mine.in_features, theirs.in_features)  # without the context where only one of them sees the session
+    mine.weight[:, :both] = theirs.weight[:, :both]
+    mine.bias.copy_(theirs.bias)
+    if (isinstance(critic, SessionCritic) and isinstance(actor, SessionModel)
+            and type(critic.encoder) is type(actor.encoder)):
+        critic.encoder.load_state_dict(actor.encoder.state_dict())

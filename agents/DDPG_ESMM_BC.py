@@ -20,7 +20,7 @@ ROWS = 4096  # next states that the actor is asked about at once
 class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
     """The actor stays the pretrained one; `update` trains only the critics, and records the actor's losses.
 
-    As in TD3+BC the numeric part of the states is normalised with mean and standard deviation over the whole memory.
+    As in TD3+BC the numbers of the present impression are normalised with mean and standard deviation over the memory.
     The critics carry both numbers with them, so that whoever asks them later normalises alike; ids are left alone.
     """
 
@@ -33,14 +33,15 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         """Take from the memory, now that it is filled, what no update changes: mean and standard deviation of the
         numbers, into all critics, and the actor's predictions in every next state."""
         states = np.array_split(self.memory.data["next_state"][: self.memory.size], -(-self.memory.size // ROWS))
-        self.next_predictions = torch.cat([self.actor_target(*self._split(torch.from_numpy(part).to(self.device)))
+        self.next_predictions = torch.cat([self.actor_target(*self.split(torch.from_numpy(part).to(self.device)))
                                            for part in states])
         self.seen = self.memory.stored
-        numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, self.fields:])
+        numerical_num = self.env.sessions.numerical_num  # of the present impression: a state's last columns
+        numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -numerical_num:])
         for critic, target, _ in self.critics():
             for one in (critic, target):
-                one.mean.copy_(numbers.mean(dim=0))
-                one.std.copy_(numbers.std(dim=0) + 1e-3)
+                one.mean[:numerical_num] = numbers.mean(dim=0)
+                one.std[:numerical_num] = numbers.std(dim=0) + 1e-3
 
     def process_batch(self, transition: Transition) -> Tensors:
         """As the parent; about a batch of the memory that `prepare` saw the actor need not be asked again."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.files import UserError, atomic_file
+from dataset.files import UserError, atomic_file, check_memory
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
@@ -28,11 +28,14 @@ class ReplayBuffer:
         size: how many transitions are kept; the oldest go first.
         batch_size: B of `sample_batch`.
         seed: of the sampling; `reseed` gives a new one.
+
+    Raises UserError where it would not fit into memory: states that are windows are `window` times as long.
     """
 
     def __init__(self, state_dim: int, action_dim: int, size: int, batch_size: int, seed: int = 0) -> None:
         widths = {"state": state_dim, "action": action_dim, "next_state": state_dim, "reward": action_dim,
                   "label": action_dim}
+        check_memory(4.0 * size * (sum(widths.values()) + 1), f"--memory_size={size}, states of {state_dim} numbers")
         # One row a transition, so that a batch is one gather; `data` names its columns.
         self.rows: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
         ends = np.cumsum(list(widths.values()))

@@ -140,27 +140,43 @@ class Splits:
 class Batches:
     """A data set on a device, cut into batches by index; iterates over (ids, numbers, labels).
 
+    With a window W, ids (B, W, F) and numbers (B, W, N) are those of the last W rows of the session so far, the row
+    itself last; places before the session's start have ids of -1 and numbers of 0. Labels are the row's own.
+
     Args:
         dataset: a mapped data set, n rows.
         batch_size: B; the last batch holds what is left.
         device: where the tensors live, all of them, from now on.
         seed: None: in order. A number: every pass in an order of its own, a function of (seed, `epoch`) alone.
+        window: W; 0: rows by themselves, ids (B, F) and numbers (B, N).
     """
 
     def __init__(self, dataset: RetailRocketRLDataset, batch_size: int, device: torch.device | str = "cpu",
-                 seed: int | None = None) -> None:
+                 seed: int | None = None, window: int = 0) -> None:
         self.tensors: Batch = (torch.from_numpy(dataset.categorical).to(device),
                                torch.from_numpy(dataset.numerical).to(device),
                                torch.from_numpy(dataset.labels).to(device))
         self.session = dataset.session
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.batch_size, self.seed, self.epoch, self.window = batch_size, seed, 0, window
+        self.first = torch.from_numpy(first_rows(dataset.session)).to(device)  # (n,)
 
     def __len__(self) -> int:
         return -(-len(self.session) // self.batch_size)
 
+    def rows(self, index: Tensor) -> Batch:
+        """The batch of the rows `index` (B,)."""
+        ids, numbers, labels = self.tensors
+        if not self.window:
+            return ids[index], numbers[index], labels[index]
+        at = index[:, None] - torch.arange(self.window - 1, -1, -1, device=index.device)  # (B, W)
+        before = (at < self.first[index][:, None]).unsqueeze(2)
+        at = at.clamp(min=0)
+        return ids[at].masked_fill(before, -1), numbers[at].masked_fill(before, 0), labels[index]
+
     @functools.cached_property
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Rows (d,) no two of which have the same features, and for each row (n,) the place of its equal among them.
+        Of windows all features have to be the same.
 
         A model in eval mode says the same about equal rows: x = distinct_x[place].
         """
@@ -169,18 +185,29 @@ class Batches:
         for column in (*ids.cpu().numpy().T, *numbers.cpu().numpy().view(np.int32).T):
             codes, values = pd.factorize(column)
             place = pd.factorize(place * len(values) + codes)[0]
+        alone, start, rows = place + 1, self.first.cpu().numpy(), np.arange(len(ids))
+        for back in range(1, self.window):
+            earlier = np.where(rows - back >= start, alone[rows - back], 0)  # 0: before the session's start
+            place = pd.factorize(place * (len(ids) + 1) + earlier)[0]
         first = np.unique(place, return_index=True)[1]
         return torch.from_numpy(first).to(ids.device), torch.from_numpy(place).to(ids.device)
 
     def __iter__(self) -> Iterator[Batch]:
         ids, numbers, labels = self.tensors
-        if self.seed is None:
+        if self.seed is None and not self.window:
             yield from zip(ids.split(self.batch_size), numbers.split(self.batch_size), labels.split(self.batch_size),
                            strict=True)
             return
-        order = torch.from_numpy(np.random.default_rng([self.seed, self.epoch]).permutation(len(ids)))
-        for index in order.to(ids.device).split(self.batch_size):
-            yield ids[index], numbers[index], labels[index]
+        order = (np.arange(len(ids)) if self.seed is None
+                 else np.random.default_rng([self.seed, self.epoch]).permutation(len(ids)))
+        for index in torch.from_numpy(order).to(ids.device).split(self.batch_size):
+            yield self.rows(index)
+
+
+def first_rows(session: Ids) -> Ids:
+    """The first row of each row's session, (n,); rows of one session are neighbours."""
+    opens = np.append(True, session[1:] != session[:-1])
+    return np.maximum.accumulate(np.where(opens, np.arange(len(session)), 0))
 
 
 def session_so_far(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")) -> Floats:
@@ -193,12 +220,10 @@ def session_so_far(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")
     from the next row on. `table` is in session order; `labels` are its columns of clicks and purchases, or of whatever
     the two tasks are.
     """
-    session, time = table["sessionid"].to_numpy(), table["timestamp"].to_numpy()
-    rows = np.arange(len(table))
-    opens = np.append(True, session[1:] != session[:-1])
-    start = np.maximum.accumulate(np.where(opens, rows, 0))  # (n,) first row of the row's session
+    time, rows = table["timestamp"].to_numpy(), np.arange(len(table))
+    start = first_rows(table["sessionid"].to_numpy())
     place = (rows - start).astype(np.float64)
-    gap = np.where(opens, 0.0, np.diff(time, prepend=time[:1]) / 1000.0)
+    gap = np.where(place == 0, 0.0, np.diff(time, prepend=time[:1]) / 1000.0)
 
     columns = [np.log1p(place)]
     lasts = []

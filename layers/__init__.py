@@ -1,4 +1,5 @@
-"""The building blocks: embeddings and perceptrons (`layers`), the critics (`critic`) and the actor (`esmm`)."""
+"""The building blocks: embeddings and perceptrons (`layers`), the critics (`critic`), the actor (`esmm`), and what lets
+any of them see the session (`session`)."""
 
 from layers.critic import Critic, CriticNeg
 from layers.esmm import ESMM

@@ -45,8 +45,8 @@ class FieldLinear(torch.autograd.Function):
     The product of a field's whole table with its block of W, T_f = E_f W_f^T, costs (rows of the tables) D H once a
     batch instead of B F D H, and leaves a sum of F gathered rows for each sample. The numbers' block is
     (W_n A) n + W_n c. With G = dL/dT = the gathered rows of g = dL/dy: dE_f = G_f W_f, dW_f = G_f^T E_f; with
-    S = g^T n: dW_n = S A^T + (sum g) c^T, dA = W_n^T S, dc = W_n^T sum g. Blocks are read and written in place, for
-    splitting and joining W costs as much as the arithmetic.
+    S = g^T n: dW_n = S A^T + (sum g) c^T, dA = W_n^T S, dc = W_n^T sum g; and dn = g W_n A, where the numbers are not
+    data. Blocks are read and written in place, for splitting and joining W costs as much as the arithmetic.
     """
 
     @staticmethod
@@ -62,8 +62,6 @@ class FieldLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        if ctx.needs_input_grad[2]:
-            raise NotImplementedError("FieldLinear gives no gradient to the numbers: use Fields.concat()")
         numbers, table, a, c, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_products, d_table, d_weight = ctx.gather.backward(grad), torch.empty_like(table), torch.empty_like(weight)
@@ -73,7 +71,8 @@ class FieldLinear(torch.autograd.Function):
         total, s = grad.sum(dim=0), (numbers.T @ grad).T  # (H,), (H, N); grad.T @ numbers takes ten times as long
         of_numbers = weight[:, -table.shape[1]:]
         torch.addmm(torch.outer(total, c), s, a.T, out=d_weight[:, -table.shape[1]:])
-        return None, None, None, d_table, of_numbers.T @ s, of_numbers.T @ total, d_weight, total
+        d_numbers = grad @ (of_numbers @ a) if ctx.needs_input_grad[2] else None
+        return None, None, d_numbers, d_table, of_numbers.T @ s, of_numbers.T @ total, d_weight, total
 
 
 def _blocks(field_dims: Sequence[int], width: int) -> list[tuple[slice, slice]]:

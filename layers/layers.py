@@ -45,21 +45,28 @@ class FieldInput(nn.Module):
         self.output_dim = (len(categorical_field_dims) + 1) * embed_dim
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Fields:
-        """Take ids (B, F) and numbers (B, N); return what stands for the (B, (F + 1) D) concatenation."""
-        return Fields(self, categorical_x, numerical_x)
+        """Take ids (B, F) and numbers (B, N); return what stands for the (B, (F + 1) D) concatenation.
+
+        Of windows over a session, (B, W, F) and (B, W, N), only the present impression, the last, is looked at.
+        """
+        if categorical_x.ndim == 3:
+            categorical_x, numerical_x = categorical_x[:, -1], numerical_x[:, -1]
+        return Fields(self.embedding, self.numerical, categorical_x, numerical_x)
 
 
 class Fields:
     """concat(e_1[x_1], ..., e_F[x_F], A n + c), not yet written out. Shape (B, (F + 1) D)."""
 
-    def __init__(self, source: FieldInput, categorical_x: Tensor, numerical_x: Tensor) -> None:
-        self.source, self.categorical_x, self.numerical_x = source, categorical_x, numerical_x
+    def __init__(self, embedding: EmbeddingLayer, numerical: nn.Linear, categorical_x: Tensor,
+                 numerical_x: Tensor) -> None:
+        self.embedding, self.numerical = embedding, numerical
+        self.categorical_x, self.numerical_x = categorical_x, numerical_x
         self._gather: Gather | None = None
 
     def concat(self) -> Tensor:
         """Write it out: (B, (F + 1) D)."""
-        embedded = self.source.embedding(self.categorical_x).flatten(1)
-        return torch.cat([embedded, self.source.numerical(self.numerical_x)], dim=1)
+        embedded = self.embedding(self.categorical_x).flatten(1)
+        return torch.cat([embedded, self.numerical(self.numerical_x)], dim=1)
 
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return W concat + b, W (H, (F + 1) D) -> (B, H).
@@ -67,7 +74,7 @@ class Fields:
         By `kernels.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
         cheaper.
         """
-        embedding, numerical = self.source.embedding, self.source.numerical
+        embedding, numerical = self.embedding, self.numerical
         table = embedding.embedding.weight  # (V, D), all fields
         if len(table) > self.categorical_x.numel():
             return product(self.concat(), weight, bias)

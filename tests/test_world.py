@@ -26,6 +26,8 @@ RUNS = {
     "chkpt/RL/res_TD3BC_ple/metrics.csv": CRITICS,
     "chkpt/RL/res_DDPG_ple/metrics.csv": (*CRITICS, "--agent=ddpg", "--init_training_step=2"),
     "chkpt/SL/rt_ple/rt_ple_1.0_shuffled/metrics.csv": (*TRAIN, "--polish=1", "--polish_method=shuffled"),
+    "chkpt/SL/rt_ple_gru/metrics.csv": (*TRAIN, "--encoder=gru"),
+    "chkpt/RL/res_TD3BC_ple_critic_gru/metrics.csv": (*CRITICS, "--critic_encoder=gru", "--memory_path=windows.npz"),
 }
 
 

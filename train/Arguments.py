@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dataset.files import UserError
+from layers.session import ENCODERS
 from slmodels import MODELS
 from train.utils import RlLossPolisher
 from train.weighting import WEIGHTINGS
@@ -61,6 +62,12 @@ class DataArguments(Arguments):
         low=0, high=1)
     numerical: str = setting("session", "numeric features: the session so far, or none (the published single zero)",
                              choices=["session", "none"])
+    encoder: str = setting("none", "what a model sees of the session besides: none, or the impressions so far, through "
+                           "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
+    critic_encoder: str = setting("same", "what the critics see of it: the same as the model, or another encoder",
+                                  choices=["same", *ENCODERS])
+    window: int = setting(10, "impressions that an encoder sees at the most, the present one included", low=1,
+                          high=1000)
     pretrain_path: str = setting("pretrain", "the folder of baselines")
     device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
     precision: str = setting(
@@ -69,14 +76,36 @@ class DataArguments(Arguments):
     seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on where a run with the same settings was stopped")
 
+    @property
+    def critics_see(self) -> str:
+        """The critics' encoder."""
+        return self.encoder if self.critic_encoder == "same" else self.critic_encoder
+
+    @property
+    def state_window(self) -> int:
+        """Impressions of a state; 0: the present one, and no window, for neither model nor critics look further."""
+        return 0 if self.encoder == self.critics_see == "none" else self.window
+
+    def critics_name(self, actor_name: str) -> str:
+        """What the critics of an actor are called: as the actor, and by their encoder if it is not the actor's."""
+        return named(actor_name, self.encoder) + (
+            "" if self.critics_see == self.encoder else f"_critic_{self.critics_see}")
+
     def baseline(self, model_name: str) -> Path:
         """Where the baseline of a model on this data set lies."""
-        return Path(self.pretrain_path) / f"{self.dataset_name}_{model_name}.pt"
+        return Path(self.pretrain_path) / f"{self.dataset_name}_{named(model_name, self.encoder)}.pt"
 
     def command(self, program: str, name: str, value: str) -> str:
-        """The command that makes what is missing: `python3 <program> --<name>=<value>`, for the same data set."""
-        return f"python3 {program} --{name}={value}" + (
-            "" if self.dataset_name == "rt" else f" --dataset_name={self.dataset_name}")
+        """The command that makes what is missing: `python3 <program> --<name>=<value>`, for the same data set and
+        states."""
+        same = {one: getattr(self, one) for one in ("dataset_name", "encoder", "critic_encoder", "window")}
+        return " ".join([f"python3 {program} --{name}={value}", *(
+            f"--{one}={mine}" for one, mine in same.items() if mine != getattr(DataArguments, one))])
+
+
+def named(model_name: str, encoder: str) -> str:
+    """What a model is called in files: `esmm`, and with an encoder `esmm_gru`."""
+    return model_name if encoder == "none" else f"{model_name}_{encoder}"
 
 
 @dataclass(kw_only=True)
@@ -98,9 +127,8 @@ class SLArguments(ModelArguments, DataArguments):
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
     polish_method: str = setting(
         "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
-        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardised Q; or a control: constant 1, shuffled and "
-        "contrast_shuffled those of full and contrast on the wrong samples",
-        choices=RlLossPolisher.METHODS)
+        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardised Q; or a control: constant 1, shuffled "
+        "and contrast_shuffled those of full and contrast on the wrong samples", choices=RlLossPolisher.METHODS)
     polish_normalise: bool = setting(False, "divide the weights of a polish run by their mean over the batch")
     polish_start: str = setting("baseline", "what a polish run trains: the baseline, or a model from scratch",
                                 choices=["baseline", "scratch"])

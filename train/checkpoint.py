@@ -18,7 +18,7 @@ from torch import nn
 
 from dataset import files
 from dataset.files import UserError, atomic_file, write_json, write_text
-from train.Arguments import RLArguments, SLArguments
+from train.Arguments import RLArguments, SLArguments, named
 
 # What a model file says of the model besides its weights; a reader whose own differ refuses the file.
 Identity = Mapping[str, Any]
@@ -83,7 +83,12 @@ def model_identity(model_name: str, settings: SLArguments | RLArguments, fingerp
     """What a model is: two models of the same identity can exchange their weights."""
     return {"model_name": model_name, "data": fingerprint, "numerical": settings.numerical,
             "field_dims": list(field_dims), "task_num": settings.task_num, "embed_dim": settings.embed_dim,
-            "expert_num": settings.expert_num}
+            "expert_num": settings.expert_num, **sight(settings.encoder, settings.window)}
+
+
+def sight(encoder: str, window: int, whose: str = "") -> dict[str, Any]:
+    """What of the session a network sees, for its identity; one without an encoder says nothing of it."""
+    return {} if encoder == "none" else {f"{whose}encoder": encoder, f"{whose}window": window}
 
 
 class RunFolder:
@@ -107,8 +112,9 @@ class RunFolder:
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
         """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
-        folder of its name there. Another weighting than equal is part of the name."""
-        name = f"{settings.dataset_name}_{settings.model_name}"
+        folder of its name there. Another weighting than equal, an encoder, and critics of another one are part of the
+        name."""
+        name = f"{settings.dataset_name}_{named(settings.model_name, settings.encoder)}"
         if settings.weighting != "equal":
             name += f"_{settings.weighting}"
         folder, run = Path(settings.save_dir) / name, f"{name}_{settings.polish_lambda}"
@@ -116,6 +122,8 @@ class RunFolder:
             run += "".join(f"_{what}" for what, said in (
                 (settings.polish_method, settings.polish_method != "full"),
                 ("normalised", settings.polish_normalise), ("scratch", settings.polish_start == "scratch")) if said)
+            if settings.polish_method != "constant" and settings.critics_see != settings.encoder:
+                run += f"_critic_{settings.critics_see}"
         return cls(folder, run, folder / run if settings.polish_lambda else None)
 
     @classmethod

@@ -43,9 +43,10 @@ def fill(agent: DDPG_ESMM, policy: Policy, episodes: NDArray[np.int64] | None = 
             action = np.zeros((len(new), agent.task_num), np.float32)
             action[new] = policy(state[new])
             next_state, reward, done, _, info = env.step(action)
-            agent.memory.store(state[new], info["action"][new], info["final_obs"][new], reward[new], done[new],
-                               info["label"][new])
-            state, stored = next_state, stored + int(new.sum())
+            met = int(new.sum())
+            agent.memory.store(state[new].reshape(met, -1), info["action"][new],
+                               info["final_obs"][new].reshape(met, -1), reward[new], done[new], info["label"][new])
+            state, stored = next_state, stored + met
             bar.update(int((done & new).sum()))
     return stored
 
@@ -169,14 +170,14 @@ def discounted_returns(rewards: Floats, starts: NDArray[np.int64], ends: NDArray
 def play(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
     """The actor, without noise, in all sessions of an environment: actions, rewards, returns and Q, each (n, T)."""
     sessions = environment.sessions
-    parts = np.array_split(sessions.states, max(1, len(sessions.states) // 16_384))
-    actions = np.concatenate([agent.select_action(part, noise=False) for part in parts])
-    values = []
-    for part, taken in zip(parts, np.array_split(actions, len(parts)), strict=True):
-        ids = torch.from_numpy(part[:, : agent.fields]).long().to(agent.device)
-        numbers, action = torch.from_numpy(part[:, agent.fields:]).to(agent.device), torch.from_numpy(taken)
-        values.append(torch.stack([critic.eval()(ids, numbers, action[:, task:task + 1].to(agent.device))
+    taken, values = [], []
+    for rows in np.array_split(np.arange(len(sessions.states)), max(1, len(sessions.states) // 16_384)):
+        states = sessions.observe(rows)
+        taken.append(agent.select_action(states, noise=False))
+        state, action = agent.split(torch.from_numpy(states).to(agent.device)), torch.from_numpy(taken[-1])
+        values.append(torch.stack([critic.eval()(*state, action[:, task:task + 1].to(agent.device))
                                    for task, (critic, _, _) in enumerate(agent.critics())], dim=1).cpu().numpy())
+    actions = np.concatenate(taken)
     rewards = reward_of(actions, sessions.labels, sessions.reward_type)
     returns = discounted_returns(rewards, sessions.starts, sessions.ends, agent.gamma)
     return {"action": actions, "reward": rewards, "return": returns, "q": np.concatenate(values)}

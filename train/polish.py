@@ -15,10 +15,10 @@ from torch import nn
 from dataset.files import UserError, read_json
 from dataset.rtrl import Batches, RetailRocketRLDataset
 from env import reward_of
-from layers import CriticNeg
+from layers.session import make_critic, window_of
 from slmodels import MODELS
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, load_model, load_tensors
+from train.checkpoint import RunFolder, load_model, load_tensors, sight
 from train.run import EVALUATION_BATCH, slpred
 from train.utils import Metrics, RlLossPolisher
 
@@ -35,14 +35,16 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
     print(f"critics of {owner} weight the loss of {settings.model_name}, from {folder}"
           + ("" if owner == settings.model_name else " (transfer); for critics of its own: "
              + settings.command("RLmain.py", "actor_name", settings.model_name)))
-    same = {name: identity[name] for name in ("data", "numerical", "field_dims")}
+    same = {**{name: identity[name] for name in ("data", "numerical", "field_dims")},
+            **sight(settings.critics_see, settings.window, "critic_")}
     critics: list[nn.Module] = []
     for name in CRITICS[: settings.task_num]:
         path = folder / f"{name}.pth"
         remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
         embed_dim = load_tensors(path, remedy).get("embed_dim")
         embed_dim = embed_dim if isinstance(embed_dim, int) and 0 < embed_dim <= 65536 else 1
-        critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
+        critic = make_critic(settings.critics_see, settings.window, identity["field_dims"], numerical_num, embed_dim,
+                             BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         load_model(path, critic, same, remedy)
         critics.append(critic.to(device))
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalise)
@@ -52,7 +54,8 @@ def find_critics(settings: SLArguments) -> tuple[Path, str]:
     """The folder of the critics of `--critic_from`, else of this model, else of the first model that has some; and
     whose they are. Raises UserError, naming the command that makes them, where there are none."""
     def folder(name: str) -> Path:
-        return RunFolder.of_agent(settings.critic_dir, settings.dataset_name, "TD3BC", name).folder
+        return RunFolder.of_agent(settings.critic_dir, settings.dataset_name, "TD3BC",
+                                  settings.critics_name(name)).folder
 
     if settings.critic_from and settings.critic_from not in MODELS:
         raise UserError(f"--critic_from: unknown '{settings.critic_from}': one of {', '.join(MODELS)}")
@@ -69,7 +72,7 @@ def weights_against_loss(model: nn.Module, polisher: RlLossPolisher, split: Reta
                          task_names: Sequence[str], device: torch.device, groups: int = 10) -> list[dict[str, float]]:
     """The samples of a split in ten groups of equal size, by their weight: per task and group the mean weight, the
     model's mean logloss and the share of positive labels."""
-    batches = Batches(split, EVALUATION_BATCH, device)
+    batches = Batches(split, EVALUATION_BATCH, device, window=max(window_of(model), polisher.window))
     weights = torch.cat([polisher.weights(*batch) for batch in batches]).double().cpu().numpy()  # (n, T)
     polisher.seen.clear()
     predictions = np.column_stack(slpred(model, batches, weights.shape[1], device))
@@ -111,7 +114,7 @@ def _of_control(settings: SLArguments, start: str, task_names: Sequence[str]) ->
     if not run.metrics.exists() or not run.config.exists():
         return []
     config = read_json(run.config)
-    saved, free = config.get("settings", {}), ("resume", "device", "critic_from", "critic_dir")
+    saved, free = config.get("settings", {}), ("resume", "device", "critic_from", "critic_dir", "critic_encoder")
     if config.get("start") != start or any(
             saved.get(name) != value for name, value in asdict(settings).items() if name not in free):
         return []

@@ -22,6 +22,7 @@ from dataset.files import UserError
 from dataset.prepare import prepare
 from dataset.rtrl import Batches, Numerical, RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import Size, simulate
+from layers.session import inner_of, window_of
 from slmodels import AITM, MetaHeac, build
 from train import world
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
@@ -61,7 +62,9 @@ EVALUATION_BATCH = 4096  # rows: activations that are still in the cache when th
 
 
 class Polisher(Protocol):
-    """What weights the loss: given a batch, a weight for every sample and task (B, T)."""
+    """What weights the loss: given a batch, of windows if it needs them, a weight for every sample and task (B, T)."""
+
+    window: int
 
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -90,20 +93,23 @@ def get_dataset(name: str, path: str, numerical: str = "session") -> Splits:
 
 
 def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: int, task_num: int, expert_num: int,
-              embed_dim: int, dropout: float = DROPOUT, calibrator: float = 0.0) -> nn.Module:
+              embed_dim: int, dropout: float = DROPOUT, calibrator: float = 0.0, encoder: str = "none",
+              window: int = 10) -> nn.Module:
     """Build a model of `slmodels` with the documented widths. Raises UserError, with the list, for an unknown name.
 
     calibrator: weight of AITM's behavioural-expectation calibrator; no other model has one.
+    encoder, window: what it sees of the session (`layers.session`), or none.
     """
     try:
         model = build(name, categorical_field_dims, numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, task_num,
-                      expert_num, dropout)
+                      expert_num, dropout, encoder, window)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if calibrator and not isinstance(model, AITM):
+    inner = inner_of(model)
+    if calibrator and not isinstance(inner, AITM):
         raise UserError(f"--calibrator: only aitm has one, not {name}")
-    if isinstance(model, AITM):
-        model.calibrator = calibrator
+    if isinstance(inner, AITM):
+        inner.calibrator = calibrator
     if isinstance(model, MetaHeac) and world.SIZE > 1:
         raise UserError("metaheac trains in one process: its inner step looks at half of the whole batch")
     return model
@@ -173,7 +179,8 @@ def _losses(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels
     if polisher is not None:
         losses = losses * polisher.weights(categorical_x, numerical_x, labels)
     losses = losses.mean(dim=0) if losses.ndim else losses
-    return losses + model.penalty(predictions) if isinstance(model, AITM) else losses
+    inner = inner_of(model)
+    return losses + inner.penalty(predictions) if isinstance(inner, AITM) else losses
 
 
 def _diverged(what: str) -> UserError:
@@ -187,10 +194,9 @@ def slpred(model: nn.Module, data_loader: Batches, task_num: int, device: torch.
     Rows that are equal are predicted once (`Batches.distinct`), by one of the processes.
     """
     model.eval()
-    categorical_x, numerical_x, _ = data_loader.tensors
     distinct, place = data_loader.distinct
     (distinct,), _ = world.share([distinct])
-    parts = [model(categorical_x[rows].to(device), numerical_x[rows].to(device))
+    parts = [model(*(x.to(device) for x in data_loader.rows(rows)[:2]))
              for rows in tqdm(distinct.split(data_loader.batch_size), "predict", unit="batch", leave=False,
                               disable=None)]
     whole = world.gather(parts)[place.to(device)].cpu().numpy()
@@ -216,7 +222,7 @@ def evaluate(model: nn.Module, data_loader: Batches, task_num: int, device: torc
 def evaluate_split(model: nn.Module, split: RetailRocketRLDataset, task_num: int,
                    device: torch.device | str) -> list[Metrics]:
     """AUC, logloss and s-Logloss of each task on a split."""
-    return evaluate(model, Batches(split, EVALUATION_BATCH, device), task_num, device)
+    return evaluate(model, Batches(split, EVALUATION_BATCH, device, window=window_of(model)), task_num, device)
 
 
 def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolder, identity: dict[str, Any],
@@ -232,8 +238,10 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     rate = settings.learning_rate * (settings.polish_rate if settings.finetunes else 1.0)
     optimizer = torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True)
     stopper = EarlyStopper(settings.patience)
-    train = Batches(splits.train, settings.batch_size, device, seed=settings.seed)
-    val = Batches(splits.val, EVALUATION_BATCH, device)
+    window = window_of(model)
+    train = Batches(splits.train, settings.batch_size, device, seed=settings.seed,
+                    window=max(window, polisher.window if polisher is not None else 0))
+    val = Batches(splits.val, EVALUATION_BATCH, device, window=window)
     criterion = nn.BCELoss(reduction="none")
     weighting = make_weighting(settings.weighting, settings.task_num, settings.learning_rate, device)
     rows: list[dict[str, Any]] = []

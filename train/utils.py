@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dataset.files import UserError, read_json, write_json
 from dataset.rtrl import RetailRocketRLDataset, Splits
+from layers.session import window_of
 from train import world
 
 
@@ -150,9 +151,9 @@ class RlLossPolisher:
         critics: one a task; none are needed for `constant`.
         polish_lambda: lambda.
         method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `inverse` 1 / (1 - lambda Q); `contrast`
-            exp(-lambda (Q - mean Q) / std Q), over the batch, so that lambda says how far the weights spread; `constant`
-            1; `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples of the batch
-            (a control: the same weights on the wrong samples).
+            exp(-lambda (Q - mean Q) / std Q), over the batch, so that lambda says how far the weights spread;
+            `constant` 1; `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples
+            of the batch (a control: the same weights on the wrong samples).
         normalise: divide a task's weights by their mean over the batch, so that they change which samples count, not
             how large the step is. This and `contrast` are the exceptions to "nothing else in the batch".
     """
@@ -165,11 +166,13 @@ class RlLossPolisher:
             raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
         self.model, self.polish_lambda, self.method, self.normalise = model, polish_lambda, method, normalise
         self.critics = [critic.eval().requires_grad_(False) for critic in critics]
+        self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
         self.seen: list[Tensor] = []
 
     @torch.no_grad()
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
-        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T)."""
+        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T); of windows, where one sees
+        the session."""
         if self.method == "constant":
             w = torch.ones_like(labels)
         else:
@@ -185,7 +188,7 @@ class RlLossPolisher:
                 w = 1 / w
             elif self.method.startswith("contrast"):
                 whole = world.gather([q])
-                w = torch.exp(-self.polish_lambda * (q - whole.mean(dim=0)) / (whole.std(dim=0) + 1e-6))
+                w = torch.exp(-self.polish_lambda * (q - whole.mean(dim=0)) / (whole.std(dim=0, correction=0) + 1e-6))
             if self.method.endswith("shuffled"):
                 whole = world.gather([w])
                 (w,), _ = world.share([whole[torch.randperm(len(whole), device=w.device)]])
