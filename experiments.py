@@ -44,9 +44,10 @@ from train.run import get_dataset
 from train.weighting import WEIGHTINGS
 
 LAMBDAS, GAMMAS, TAUS = (0.1, 0.3, 3.0, 10.0), (0.0, 0.5, 0.99), (0.05, 1.0)  # beside the defaults 1, 0.9 and 0.2
-TABLES = ("main", "transfer", "ablation", "lambda", "gamma", "tau", "tried", "weighting", "session")
+TABLES = ("main", "ablation", "session", "tried", "weighting", "transfer", "lambda", "gamma", "tau")
 KEPT = ("metrics.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")  # of a finished run
 Row = dict[str, str]
+Key = tuple[str, str, str, int]  # data set, model, arm, seed
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,7 @@ class GridArguments(Arguments):
     report: bool = setting(False, "run nothing: write the report from the results.csv that is there")
     dataset_path: str = setting("dataset", "the folder of data sets")
     embed_dim: int = setting(128, "D of all models and critics", low=1, high=65536)
+    expert_num: int = setting(8, "E of mmoe, ple, ...", low=2, high=4096)
     feature_map_rate: float = setting(0.2, "as in SLmain.py", low=0, high=1)
     learning_rate: float = setting(1e-3, "of all supervised runs", low=0)
     epoch: int = setting(50, "epochs of a supervised run at the most", low=1)
@@ -121,19 +123,19 @@ def arms(settings: GridArguments) -> list[Arm]:
         _polish("main", model, "RMTL"),
         Arm("main", model, "constant", {"polish_lambda": 1.0, "polish_method": "constant"}, "baseline"),
         _polish("main", model, "shuffled", polish_method="shuffled"))]
+    found += [_polish("ablation", studied, method, polish_method=method) for method in ("label", "critic")]
+    found += [Arm("session", studied, ", ".join(f"{key} {value}" for key, value in sees.items()), sees, "baseline")
+              for sees in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
+                              {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
+    found += tried(studied, settings)
+    found += [Arm("weighting", studied, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
     found += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
               for model, other in itertools.permutations(models, 2)]
-    found += [_polish("ablation", studied, method, polish_method=method) for method in ("label", "critic")]
     found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value) for value in LAMBDAS]
     for name, values in (("gamma", GAMMAS), ("tau", TAUS)):
         for value in values:
             found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
                       _polish(name, studied, f"{name} {value:g}", critics=(studied, f"critics, {name} {value:g}"))]
-    found += tried(studied, settings)
-    found += [Arm("weighting", studied, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
-    found += [Arm("session", studied, ", ".join(f"{key} {value}" for key, value in sees.items()), sees, "baseline")
-              for sees in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
-                              {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
     asked = set(filter(None, settings.tables.split(","))) or set(TABLES)
     return _with_what_they_need(found, asked)
 
@@ -200,11 +202,11 @@ class Run:
     seed: int
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> Key:
         return self.dataset, self.arm.model, self.arm.name, self.seed
 
     @property
-    def needs(self) -> list[tuple[str, str, str, int]]:
+    def needs(self) -> list[Key]:
         return [(self.dataset, model, name, self.seed) for model, name in _needs(self.arm)]
 
     def folder(self, settings: GridArguments, other: tuple[str, str] | None = None) -> Path:
@@ -219,7 +221,8 @@ class Run:
         start = self.folder(grid, (arm.model, "baseline")) if arm.starts_from_baseline else mine
         shared: dict[str, Any] = {
             "dataset_name": self.dataset, "dataset_path": grid.dataset_path, "seed": self.seed, "save_dir": str(mine),
-            "pretrain_path": str(start), "embed_dim": grid.embed_dim, "feature_map_rate": grid.feature_map_rate}
+            "pretrain_path": str(start), "embed_dim": grid.embed_dim,
+            "expert_num": grid.expert_num, "feature_map_rate": grid.feature_map_rate}
         if arm.program == "RLmain.py":
             return RLArguments(**shared, **{
                 "actor_name": arm.model, "memory_path": str(mine / "memory.npz"), "batch_size": grid.critic_batch,
@@ -309,16 +312,13 @@ def run_grid(settings: GridArguments, path: Path) -> None:
             for seed in range(1, settings.seeds + 1) for run in [Run(dataset, arm, seed)]}
     prints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in settings.datasets.split(",")}
     rows = _finished(path, settings, runs, prints)
-    left = [key for key in sorted(runs, key=lambda key: key[3]) if key not in rows]  # seed by seed
-    artefacts = {need for key in left for need in runs[key].needs}
-    left = [key for key in sorted(runs, key=lambda key: key[3])
-            if key in left or (key in artefacts and not any(runs[key].folder(settings).rglob("*.pt*")))]
-    failed: dict[tuple[str, str, str, int], str] = {}
+    left = _left(runs, set(rows), settings)
+    failed: dict[Key, str] = {}
     workers, device = min(settings.workers or os.cpu_count() or 1, max(1, len(left))), machine()
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin_worker, (os.getpid(),))
     with tqdm(total=len(runs), initial=len(runs) - len(left), desc="experiments", unit="run", disable=None) as bar:
         try:
-            going: dict[Future[Row], tuple[str, str, str, int]] = {}
+            going: dict[Future[Row], Key] = {}
             while left or going:
                 for key in [key for key in left if any(need in failed for need in runs[key].needs)]:
                     failed[key] = "what it starts from failed"
@@ -350,8 +350,20 @@ def run_grid(settings: GridArguments, path: Path) -> None:
                         "same command tries them again")
 
 
-def _finished(path: Path, settings: GridArguments, runs: Mapping[tuple[str, str, str, int], Run],
-              prints: Mapping[str, str]) -> dict[tuple[str, str, str, int], Row]:
+def _left(runs: Mapping[Key, Run], finished: set[Key], settings: GridArguments) -> list[Key]:
+    """What is not finished, and what this starts from or asks, where its weights are no longer there; in order."""
+    left: set[Key] = set()
+    ahead = [key for key in runs if key not in finished]
+    while ahead:
+        key = ahead.pop()
+        left.add(key)
+        ahead += [need for need in runs[key].needs
+                  if need not in left and not any(runs[need].folder(settings).rglob("*.pt*"))]
+    return [key for key in runs if key in left]
+
+
+def _finished(path: Path, settings: GridArguments, runs: Mapping[Key, Run],
+              prints: Mapping[str, str]) -> dict[Key, Row]:
     """The rows of results that are there: those of this grid, on these data, by the very commands it would run."""
     rows = _read_rows(path) if path.exists() else []
     found = {}
