@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import ENVIRONMENT, REPOSITORY, complaint, run
 
+from dataset.files import sha256
 from dataset.kuairand import USER_FIELDS, VIDEO_FIELDS
 from dataset.mdp import SPLITS
 from dataset.prepare import prepare
-from dataset.rtrl import load_splits
+from dataset.rtrl import NUMERICAL, load_splits
 from train.utils import map_splits
 
 SAMPLE = REPOSITORY.parent / "shared" / "data" / "kuairand-pure-sample"
@@ -86,6 +89,68 @@ def test_splits_are_cut_by_time_and_share_no_session(kr: tuple[pd.DataFrame, Pat
     for split in splits:
         assert (split.groupby("sessionid")["userid"].nunique() == 1).all()
         assert split["sessionid"].nunique() == split["userid"].nunique()
+
+
+def by_row(folder: Path) -> pd.DataFrame:
+    """All rows in order of time, with the numeric features that their data sets give them."""
+    splits = load_splits(folder)
+    parts = []
+    for name, split in zip(SPLITS, (splits.train, splits.val, splits.test), strict=True):
+        table = pd.read_csv(folder / f"{name}.csv")
+        place = pd.MultiIndex.from_arrays([split.session, split.timestamp])
+        at = place.get_indexer(pd.MultiIndex.from_frame(table[["sessionid", "timestamp"]]))
+        parts.append(table.assign(**dict(zip(NUMERICAL, split.numerical[at].T, strict=True))))
+    return pd.concat(parts, ignore_index=True).sort_values("timestamp", kind="stable", ignore_index=True)
+
+
+def test_numbers_look_back_over_all_that_the_user_did_and_that_was_known(kr: tuple[pd.DataFrame, Path]) -> None:
+    """Across sessions and splits, row by row as the definition says; a long view is known when the watching ended."""
+    rows = by_row(kr[1])
+    chosen = np.random.default_rng(3).permutation(np.flatnonzero(rows["timestamp"] > rows["timestamp"].quantile(0.55)))
+    crossed = 0
+    for number in chosen[:300]:
+        row = rows.iloc[number]
+        past = rows.iloc[:number].query("userid == @row.userid")
+        crossed += bool((past["sessionid"] != row["sessionid"]).any())
+        known = [(past[f"{label}_time"] < row["timestamp"]).to_numpy() for label in ("click", "long_view")]
+        last = past["timestamp"].iloc[-1] if len(past) else row["timestamp"]
+        expected = [np.log1p(len(past)), *(one.sum() / (len(past) + 1) for one in known),
+                    *(float(one[-1]) if len(one) else 0.0 for one in known),
+                    np.log1p((row["timestamp"] - last) / 1000) / 10]
+        assert row[list(NUMERICAL)].tolist() == pytest.approx(expected, abs=1e-5)
+    assert crossed > 100
+
+
+@pytest.mark.parametrize("change", [{"click": 0, "click_time": np.nan, "long_view": 0, "long_view_time": np.nan},
+                                    {"itemid": 1}], ids=["its own labels", "its item"])
+def test_numbers_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Path, change: dict[str, Any]) -> None:
+    """Whatever happens from one moment on changes no number of the rows up to it."""
+    shutil.copytree(kr[1], tmp_path / "kr")
+    before = by_row(tmp_path / "kr")
+    val = pd.read_csv(tmp_path / "kr" / "val.csv").sort_values("timestamp")
+    moment = val["timestamp"].iloc[len(val) // 2]
+    for name in ("val", "test"):
+        table = pd.read_csv(tmp_path / "kr" / f"{name}.csv")
+        table.loc[table["timestamp"] >= moment, list(change)] = list(change.values())
+        for label in ("click_time", "long_view_time"):
+            table[label] = table[label].astype("Int64")
+        table.to_csv(tmp_path / "kr" / f"{name}.csv", index=False)
+    manifest = json.loads((tmp_path / "kr" / "manifest.json").read_text())
+    manifest["outputs"] = {name: sha256(tmp_path / "kr" / name) for name in manifest["outputs"]}
+    (tmp_path / "kr" / "manifest.json").write_text(json.dumps(manifest))
+    after = by_row(tmp_path / "kr")
+    same = (before["timestamp"] <= moment).to_numpy()
+    np.testing.assert_array_equal(before.loc[same, list(NUMERICAL)], after.loc[same, list(NUMERICAL)])
+    if "click" in change:
+        assert (before.loc[~same, "click_rate"] > after.loc[~same, "click_rate"]).any()
+
+
+def test_a_history_by_something_else_than_a_key_is_refused(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
+    shutil.copytree(kr[1], tmp_path / "kr")
+    manifest = json.loads((tmp_path / "kr" / "manifest.json").read_text())
+    for wrong in ("tab", 7):
+        (tmp_path / "kr" / "manifest.json").write_text(json.dumps({**manifest, "history": wrong}))
+        assert "'history' is the key" in complaint(lambda: load_splits(tmp_path / "kr"))
 
 
 def test_users_and_videos_bring_their_fields(kr: tuple[pd.DataFrame, Path]) -> None:

@@ -19,7 +19,7 @@ from dataset.files import UserError
 from dataset.rtrl import load_splits
 from layers import ESMM, CriticNeg
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
-from train.checkpoint import save_model
+from train.checkpoint import load_tensors, save_model
 from train.utils import RlLossPolisher, map_splits
 
 
@@ -55,10 +55,67 @@ Q = torch.tensor([[-1.2, -2.1], [-1.4, -2.2], [-1.6, -2.3]])
     ("label", 1 - 0.5 * BATCH[2] * Q),
     ("critic", -Q),
     ("constant", torch.ones(3, 2)),
+    ("inverse", 1 / (1 - 0.5 * Q)),
+    ("contrast", torch.exp(-0.5 * (Q - Q.mean(0)) / Q.std(0, correction=0))),
 ])
 def test_weights_by_their_closed_form(method: str, expected: Tensor) -> None:
     polisher = RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], 0.5, method)
     torch.testing.assert_close(polisher.weights(*BATCH), expected)
+
+
+@pytest.mark.parametrize("method", ["full", "label", "critic", "inverse", "contrast", "constant"])
+def test_normalised_weights_keep_their_proportions_and_have_mean_1(method: str) -> None:
+    plain, normalised = (RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], 0.5, method, normalise).weights(*BATCH)
+                         for normalise in (False, True))
+    torch.testing.assert_close(normalised.mean(dim=0), torch.ones(2))
+    torch.testing.assert_close(normalised * plain.mean(dim=0), plain)
+
+
+def test_contrast_is_as_wide_as_lambda_says_whatever_the_scale_of_q() -> None:
+    """With a large Q, 1 - lambda Q tends to -lambda Q, whose proportions no lambda changes; contrast's do change."""
+    batch = BATCH[0], 1000 * BATCH[1], BATCH[2]
+
+    def spread(method: str, polish_lambda: float) -> float:
+        w = RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], polish_lambda, method).weights(*batch)
+        return float(w[:, 0].max() / w[:, 0].min())
+
+    assert spread("full", 10.0) == pytest.approx(spread("full", 1.0), rel=0.01)
+    assert spread("contrast", 1.0) == pytest.approx(spread("contrast", 0.5) ** 2)
+
+
+@pytest.mark.parametrize(("method", "expected"), [
+    ("full", [0.2, 0.5]), ("shuffled", [0.2, 0.5]), ("label", [0.2 * 3 / (0.2 * 3 + 0.8), 0.5 * 5 / (0.5 * 5 + 0.5)])])
+def test_weights_that_depend_on_the_sample_alone_leave_the_optimum_where_it_is(method: str,
+                                                                               expected: list[float]) -> None:
+    """argmin_p E[w(x) BCE(p(x), y)] = P(y | x) for every positive w(x): a critic that sees the sample, not its label,
+    can only change how a model errs, not what it aims at. Weights that see the label aim elsewhere."""
+    cells = torch.arange(2).repeat_interleave(100)  # two kinds of samples; 20 % and 50 % of them are positive
+    labels = torch.cat([torch.arange(100) < 20, torch.arange(100) < 50]).float()[:, None]
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.logit = nn.Parameter(torch.zeros(2))
+
+        def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
+            return torch.sigmoid(self.logit[categorical_x])
+
+    class Knows(nn.Module):
+        def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+            return torch.tensor([-2.0, -4.0])[categorical_x[:, 0]]
+
+    model = Cells()
+    polisher = RlLossPolisher(model, [Knows()], 1.0, method)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    means = []
+    for step in range(1200):
+        optimizer.zero_grad()
+        w = polisher.weights(cells[:, None], torch.zeros(200, 1), labels)
+        (w * nn.BCELoss(reduction="none")(model(cells[:, None], torch.zeros(200, 1)), labels)).mean().backward()
+        optimizer.step()
+        if step >= 400:
+            means.append(torch.sigmoid(model.logit.detach()))
+    torch.testing.assert_close(torch.stack(means).mean(dim=0), torch.tensor(expected), atol=0.01, rtol=0)
 
 
 def test_shuffled_weights_are_a_permutation_of_the_full_ones() -> None:
@@ -234,6 +291,41 @@ def test_a_control_of_other_settings_is_no_control(shop: Path, capsys: pytest.Ca
     capsys.readouterr()
     polished()
     assert "control: constant" not in table_of(capsys.readouterr().out)
+
+
+def test_from_scratch_with_weights_of_1_the_baseline_comes_out_again(shop: Path) -> None:
+    """So the baseline is the control of a model that is trained with the critics' weights from its first step."""
+    metrics = polished(polish_method="constant", polish_start="scratch", epoch=2)
+    baseline = SLmain.main(**{**TINY, "epoch": 2}, model_name="esmm")
+    assert metrics == baseline
+    one, other = (load_tensors(shop / f"chkpt/SL/rt_esmm/{name}.pt", "")["weights"]
+                  for name in ("rt_esmm_0.0", "rt_esmm_1.0_constant_scratch"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_rate_of_a_polish_run_is_a_share_of_the_learning_rate(shop: Path) -> None:
+    make_critics()
+    weights = []
+    for shares in ({"learning_rate": 1e-3, "polish_rate": 0.5}, {"learning_rate": 5e-4, "polish_rate": 1.0}):
+        polished(**shares)
+        weights.append(load_tensors(shop / "chkpt/SL/rt_esmm/rt_esmm_1.0/state.pt", "")["model"])
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_weights_are_set_against_the_loss_in_ten_groups(shop: Path) -> None:
+    make_critics()
+    polished(polish_method="label")
+    with open(shop / "chkpt/SL/rt_esmm/rt_esmm_1.0_label/weights.csv", encoding="utf-8", newline="") as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert len(rows) == 10
+    val = load_splits(shop / "dataset/rt").val
+    for task, name in enumerate(("CTR", "CTCVR")):
+        weights = [row[f"weight_{name}"] for row in rows]
+        assert weights == sorted(weights)
+        assert weights[0] == pytest.approx(1), "most samples have no click, hence a weight of 1"
+        assert np.mean([row[f"label_{name}"] for row in rows]) == pytest.approx(val.labels[:, task].mean(), abs=0.01)
+        assert rows[-1][f"label_{name}"] > 3 * val.labels[:, task].mean(), "those with one weigh more"
+        assert rows[-1][f"loss_{name}"] > rows[0][f"loss_{name}"]
 
 
 def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
