@@ -156,8 +156,6 @@ def tried(model: str, settings: GridArguments) -> list[Arm]:
           for name, changes in (("mean 1", {"polish_normalise": True}),
                                 ("contrast", {"polish_method": "contrast", **contrast}),
                                 ("contrast, shuffled", {"polish_method": "contrast_shuffled", **contrast}))),
-        _critics("tried", model, "critics, ips", {"ips": True}),
-        _polish("tried", model, "critics with ips", critics=(model, "critics, ips")),
         _critics("tried", model, critics, {"critic_encoder": "gru"}),
         _polish("tried", model, f"with {critics}", critics=(model, critics), critic_encoder="gru"),
         _critics("tried", model, "actor through the critics",

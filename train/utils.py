@@ -187,8 +187,8 @@ class RlLossPolisher:
             if self.method == "inverse":
                 w = 1 / w
             elif self.method.startswith("contrast"):
-                whole = world.gather([q])
-                w = torch.exp(-self.polish_lambda * (q - whole.mean(dim=0)) / whole.std(dim=0, correction=0).clamp(min=1e-6))
+                std, mean = torch.std_mean(world.gather([q]), dim=0, correction=0)
+                w = torch.exp(-self.polish_lambda * (q - mean) / std.clamp(min=1e-6))
             if self.method.endswith("shuffled"):
                 whole = world.gather([w])
                 (w,), _ = world.share([whole[torch.randperm(len(whole), device=w.device)]])
