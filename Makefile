@@ -1,16 +1,20 @@
 # make demo   set up the environment, then run the documented commands
 # make bench  time everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
+# make experiments   reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help tells what can be chosen
 # make test   set up the environment, then lint, type-check and test (under 10 minutes on 2 cores)
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo experiments test test-slow bench lint clean
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
 	$(PY) RLmain.py
 	$(PY) SLmain.py --model_name=ple --polish=1
+
+experiments: .venv/weighting.stamp
+	$(PY) experiments.py $(FLAGS)
 
 test: lint
 	$(PY) -m pytest
@@ -35,6 +39,10 @@ lint: .venv/dev.stamp
 
 .venv/dev.stamp: requirements-dev.txt requirements-weighting.txt .venv/run.stamp
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/weighting.stamp: requirements-weighting.txt .venv/run.stamp
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-weighting.txt
 	touch $@
 
 .venv/bench.stamp: requirements-bench.txt .venv/run.stamp

@@ -1,0 +1,253 @@
+"""The grid of experiments: what is compared with what, how it is judged, and that a grid that was stopped goes on."""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, command, complaint, run
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from experiments import TABLES, GridArguments, Run, _needs, arms
+from train.Arguments import RLArguments, SLArguments, command_of, parse
+from train.report import difference, holm, write_report
+
+Row = dict[str, str]
+
+
+# ------------------------------------------------------------------------------------------------------------- the grid
+
+
+def test_every_arm_has_what_it_needs_and_every_result_a_control() -> None:
+    found = arms(GridArguments())
+    names = [(arm.model, arm.name) for arm in found]
+    assert max(Counter(names).values()) == 1
+    assert {arm.table for arm in found} == set(TABLES)
+    for arm in found:
+        assert set(_needs(arm)) <= set(names)
+        assert not arm.control or (arm.model, arm.control) in names
+        if arm.changes.get("polish_method") in ("shuffled", "full", None) and "polish_lambda" in arm.changes:
+            assert arm.critics
+            assert arm.control, "a weighted run is measured against one with weights of 1"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_table_alone_brings_what_it_is_measured_against(table: str) -> None:
+    found = arms(GridArguments(tables=table))
+    names = {(arm.model, arm.name) for arm in found}
+    assert {arm.table for arm in found} <= {table, "main"}
+    for arm in found:
+        assert set(_needs(arm)) <= names
+        assert not arm.control or (arm.model, arm.control) in names
+
+
+def test_a_control_differs_in_its_weights_alone() -> None:
+    """Same data, seed, start, rate and budget."""
+    grid = GridArguments()
+    by_name = {(arm.model, arm.name): arm for arm in arms(grid)}
+    for arm in by_name.values():
+        if arm.control.startswith("constant") and arm.program == "SLmain.py":
+            mine, other = (vars(Run("rt", one, 3).settings(grid)) for one in (arm, by_name[arm.model, arm.control]))
+            differ = {name for name, value in mine.items() if other[name] != value}
+            assert differ <= {"polish_method", "polish_lambda", "polish_normalise", "critic_dir", "critic_from",
+                              "critic_encoder", "save_dir"}, arm.name
+
+
+@given(polish=st.floats(0, 5), seed=st.integers(0, 99), name=st.sampled_from(["rt", "my data", "it's"]),
+       resume=st.booleans(), gamma=st.floats(0, 1), ips=st.booleans())
+def test_a_command_says_what_the_settings_are(polish: float, seed: int, name: str, resume: bool, gamma: float,
+                                              ips: bool) -> None:
+    for settings in (SLArguments(polish_lambda=polish, seed=seed, dataset_name=name, resume=resume),
+                     RLArguments(gamma=gamma, ips=ips, dataset_name=name, seed=seed)):
+        program, *flags = shlex.split(command_of("x.py", settings))[1:]
+        assert program == "x.py"
+        assert parse(type(settings), "", flags) == settings
+
+
+@pytest.mark.parametrize(("settings", "told"), [({"models": "esmm,bert"}, "unknown 'bert'"),
+                                                ({"tables": "mian"}, "unknown 'mian'"), ({"seeds": 1}, "--seeds")])
+def test_what_is_not_there_is_refused(settings: dict[str, Any], told: str) -> None:
+    assert told in complaint(lambda: GridArguments(**settings))
+
+
+def test_quick_keeps_what_was_asked_for() -> None:
+    assert (GridArguments(quick=True).seeds, GridArguments(quick=True, seeds=4).seeds) == (3, 4)
+
+
+# ------------------------------------------------------------------------------------------------------- the judgement
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 0.9), st.floats(0.5, 0.9)), min_size=2, max_size=12))
+def test_a_difference_is_students_for_pairs(pairs: list[tuple[float, float]]) -> None:
+    ours, control = map(list, zip(*pairs, strict=True))
+    found = difference(ours, control)
+    assume(np.std(np.subtract(ours, control)) > 1e-9)  # where scipy warns of rounding
+    expected = stats.ttest_rel(ours, control)
+    low, high = expected.confidence_interval(0.95)
+    assert (found.p, found.low, found.high) == pytest.approx((expected.pvalue, low, high), rel=1e-6, abs=1e-12)
+    assert found.low <= found.mean <= found.high
+
+
+def test_a_difference_by_hand() -> None:
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t_0.975 of two degrees of freedom 4.3027."""
+    found = difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (found.mean, found.n) == (2.0, 3)
+    assert found.high - found.mean == pytest.approx(4.30265 / 3**0.5, abs=1e-4)
+    assert difference([0.7] * 3, [0.7] * 3).p == 1
+    assert math.isnan(difference([0.7], [0.6]).p)
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.2: times 4, 3, 2, 1, never falling."""
+    assert holm([0.03, 0.01, 0.2, 0.02]) == pytest.approx([0.06, 0.04, 0.2, 0.06])
+
+
+def made_up(gain: float, noise: float) -> list[Row]:
+    """Results of one model in which RMTL is better than its control by `gain`, give or take `noise`."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for seed in range(1, 6):
+        start = 0.72 + 0.005 * rng.standard_normal()
+        for arm, control, better in (("baseline", "", 0.0), ("constant", "baseline", 0.002),
+                                     ("shuffled", "constant", 0.002), ("RMTL", "constant", 0.002 + gain)):
+            weighted = arm in ("RMTL", "shuffled")
+            row = {"dataset": "made", "table": "main", "model": "esmm", "arm": arm, "control": control,
+                   "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "seconds": "1.0",
+                   "fingerprint": "f", "machine": "m"}
+            for task in ("CTR", "CTCVR"):
+                row |= {f"auc_{task}": str(start + better + noise * rng.standard_normal()), f"logloss_{task}": "0.5",
+                        f"session_logloss_{task}": "0.5", f"curve_auc_{task}": "0.70 0.71",
+                        f"deciles_weight_{task}": "1 2 3" if weighted else "",
+                        f"deciles_loss_{task}": "0.2 0.3 0.4" if weighted else "",
+                        **{f"weight_{name}_{task}": "0.9" if weighted else "" for name in ("q05", "q50", "q95", "ess")}}
+            rows.append(row)
+        rows.append({**rows[-1], "arm": "critics", "control": "", "critics": "", **{
+            f"val_{name}_{task}": "0.25" for task in ("CTR", "CTCVR") for name in ("rank_correlation", "zero_share")}})
+    return rows
+
+
+@pytest.mark.parametrize(("gain", "told"), [(0.003, "RMTL beats its control on esmm CTR"),
+                                            (-0.003, "RMTL falls behind its control on esmm CTR"),
+                                            (0.0, "is not told apart from its control in any of 2 comparisons")])
+def test_the_report_says_what_the_figures_support(tmp_path: Path, gain: float, told: str) -> None:
+    write_report(made_up(gain, 0.0003), tmp_path, "python3 experiments.py")
+    text = (tmp_path / "report.md").read_text()
+    assert told in text
+    (line,) = [one for one in text.splitlines() if one.startswith("| esmm | RMTL | constant |")]
+    shown, low, high = map(float, re.findall(r"[+-]\d\.\d\d", line)[:3])
+    assert low <= shown <= high
+    assert shown == pytest.approx(1000 * gain, abs=0.5)
+    for picture in re.findall(r"\((.*?\.png)\)", text):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+
+SMALL = ["--tables=ablation", "--models=esmm", "--seeds=2", "--embed_dim=4", "--epoch=1", "--critic_epoch=1",
+         "--critic_updates=3", "--critic_batch=64", "--out=results"]
+TIMES = ("seconds",)
+
+
+def shop(folder: Path, rt_tables: Path) -> Path:
+    shutil.copytree(rt_tables, folder / "dataset" / "rt")
+    return folder
+
+
+def results(folder: Path) -> list[Row]:
+    """The rows of results.csv but for times."""
+    with open(folder / "results" / "results.csv", encoding="utf-8", newline="") as file:
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in csv.DictReader(file)]
+
+
+@pytest.fixture(scope="module")
+def done(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small grid, run by a user. Read only."""
+    folder = shop(tmp_path_factory.mktemp("grid"), rt_tables)
+    finished = run(folder, "experiments.py", *SMALL, "--workers=2")
+    assert finished.returncode == 0, finished.stderr
+    assert "results/report.md" in finished.stdout or "report.md" in finished.stdout
+    return folder
+
+
+def test_a_row_a_run_and_the_report_beside_it(done: Path) -> None:
+    rows = results(done)
+    grid = GridArguments(**{flag[2:].split("=")[0]: type(getattr(GridArguments(), flag[2:].split("=")[0]))(
+        flag.split("=")[1]) for flag in SMALL})
+    assert [(row["arm"], row["seed"]) for row in rows] == [(arm.name, seed) for arm in arms(grid) for seed in "12"]
+    assert len({row["fingerprint"] for row in rows}) == 1
+    assert (done / "results" / "report.md").exists()
+    left = {path.suffix for path in (done / "results" / "runs").rglob("*") if path.is_file()}
+    assert left == {".csv", ".json", ".png", ".pt", ".pth", ".txt"}
+    assert not list((done / "results").rglob("state.pt")), "what only a run that goes on needs is gone"
+
+
+def test_the_command_of_a_row_gives_its_figures(done: Path, rt_tables: Path, tmp_path: Path) -> None:
+    """As a reader of the report would check it, baseline and critics first."""
+    folder = shop(tmp_path, rt_tables)
+    rows = {row["arm"]: row for row in results(done) if row["seed"] == "2"}
+    for arm in ("baseline", "critics", "label"):
+        program, *flags = shlex.split(rows[arm]["command"])[1:]
+        finished = run(folder, program, *flags)
+        assert finished.returncode == 0, finished.stderr
+        if arm != "critics":
+            for task, name in enumerate(("CTR", "CTCVR")):
+                auc, logloss = (float(rows[arm][f"{figure}_{name}"]) for figure in ("auc", "logloss"))
+                assert f"task {task}, AUC {auc:.4f}, Log-loss {logloss:.4f}" in finished.stdout
+
+
+def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(done: Path, rt_tables: Path, tmp_path: Path) -> None:
+    folder = shop(tmp_path, rt_tables)
+    path = folder / "results" / "results.csv"
+    process = subprocess.Popen(command("experiments.py", *SMALL, "--workers=1"), cwd=folder, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 240
+    while time.monotonic() < until and not (path.exists() and len(results(folder)) >= 3):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_text().splitlines()
+    assert 3 < len(before) < len(results(done)) + 1
+    time.sleep(1.5)  # its workers notice
+    finished = run(folder, "experiments.py", *SMALL, "--workers=1")
+    assert finished.returncode == 0, finished.stderr
+    assert results(folder) == results(done), "nor does it matter how many runs went side by side"
+    with open(path, encoding="utf-8", newline="") as file:
+        times = {(row["arm"], row["seed"]): row["seconds"] for row in csv.DictReader(file)}
+    for row in csv.DictReader(before):
+        assert times[row["arm"], row["seed"]] == row["seconds"], "a finished run was run again"
+
+
+def test_rows_of_other_settings_go_and_the_report_can_be_written_again(done: Path, rt_tables: Path,
+                                                                       tmp_path: Path) -> None:
+    folder = shop(tmp_path, rt_tables)
+    shutil.copytree(done / "results", folder / "results")
+    text = (folder / "results" / "report.md").read_text()
+    (folder / "results" / "report.md").unlink()
+    assert run(folder, "experiments.py", *SMALL, "--report").returncode == 0
+    assert (folder / "results" / "report.md").read_text().split("\n", 4)[4] == text.split("\n", 4)[4]
+    finished = run(folder, "experiments.py", *[flag.replace("ablation", "main") for flag in SMALL])
+    assert finished.returncode == 0
+    assert "are of other settings or data" in finished.stdout
+    assert {row["arm"] for row in results(folder)} == {"baseline", "critics", "RMTL", "constant", "shuffled"}
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(rt_tables: Path, tmp_path: Path) -> None:
+    folder = shop(tmp_path, rt_tables)
+    finished = run(folder, "experiments.py", *SMALL, "--learning_rate=1e30", "--workers=1")
+    assert finished.returncode == 2
+    assert "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("error: ")
+    assert "runs failed" in finished.stderr
