@@ -13,14 +13,12 @@ command goes on from there. Everything else is written from results.csv (`train.
 from __future__ import annotations
 
 import contextlib
-import csv
 import itertools
 import multiprocessing
 import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -38,8 +36,8 @@ import SLmain
 from dataset.files import UserError, check_writable, exit_on_user_error, read_json
 from slmodels import MODELS
 from train.Arguments import Arguments, RLArguments, SLArguments, command_of, parse, setting
-from train.checkpoint import write_rows
-from train.report import write_report
+from train.checkpoint import read_rows, write_rows
+from train.report import put_into_readme, write_report
 from train.run import get_dataset
 from train.weighting import WEIGHTINGS
 
@@ -62,6 +60,7 @@ class GridArguments(Arguments):
     workers: int = setting(0, "runs side by side; 0: as many as there are cores", low=0, high=4096)
     out: str = setting("", "where results go (default chkpt/experiments, with --quick chkpt/experiments_quick)")
     report: bool = setting(False, "run nothing: write the report from the results.csv that is there")
+    publish: str = setting("", "copy report, plots and results.csv into this folder, and their summary into README.md")
     dataset_path: str = setting("dataset", "the folder of data sets")
     embed_dim: int = setting(128, "D of all models and critics", low=1, high=65536)
     expert_num: int = setting(8, "E of mmoe, ple, ...", low=2, high=4096)
@@ -74,17 +73,20 @@ class GridArguments(Arguments):
 
     def __post_init__(self) -> None:
         if self.quick:
-            small = {"models": "esmm,mmoe", "seeds": 3, "embed_dim": 16, "epoch": 6, "critic_epoch": 4,
-                     "out": "chkpt/experiments_quick"}
+            small = {"models": "esmm,mmoe", "seeds": 3, "embed_dim": 16, "epoch": 6, "critic_epoch": 4}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])
-        self.out = self.out or "chkpt/experiments"
         super().__post_init__()
         for what, names, known in (("models", self.models, MODELS), ("tables", self.tables, TABLES)):
             for name in filter(None, names.split(",")):
                 if name not in known:
                     raise UserError(f"--{what}: unknown '{name}': one of {', '.join(known)}")
+
+    @property
+    def folder(self) -> Path:
+        """Where results go."""
+        return Path(self.out or ("chkpt/experiments_quick" if self.quick else "chkpt/experiments"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the grid
@@ -211,7 +213,7 @@ class Run:
         """Where it writes; or another arm with the same data set and seed."""
         model, name = other or (self.arm.model, self.arm.name)
         name = name.replace(", ", "_").replace(" ", "_").replace("'", "")
-        return Path(settings.out) / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
+        return settings.folder / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
 
     def settings(self, grid: GridArguments) -> SLArguments | RLArguments:
         """The settings of the program that it runs."""
@@ -247,11 +249,11 @@ def perform(run: Run, grid: GridArguments, machine: str) -> Row:
             RLmain.main(going)
         else:
             SLmain.main(**asdict(going))
-    config, rows = read_json(_only(folder, "config.json")), _read_rows(_only(folder, "metrics.csv"))
+    config, rows = read_json(_only(folder, "config.json")), read_rows(_only(folder, "metrics.csv"))
     if isinstance(settings, RLArguments):  # its figures count the tasks, those of SLmain.py name them
         names = {f"_{number}": f"_{task['name']}" for number, task in enumerate(config["data"]["tasks"])}
         rows = [{name[:-2] + names.get(name[-2:], name[-2:]): value for name, value in row.items()} for row in rows]
-    figures = _figures(rows, _read_rows(found) if (found := next(folder.rglob("weights.csv"), None)) else [])
+    figures = _figures(rows, read_rows(found) if (found := next(folder.rglob("weights.csv"), None)) else [])
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in KEPT and not _is_needed(path, run, settings):
             path.unlink()
@@ -273,11 +275,6 @@ def _saved_settings(folder: Path) -> dict[str, Any]:
 def _only(folder: Path, name: str) -> Path:
     (path,) = folder.rglob(name)
     return path
-
-
-def _read_rows(path: Path) -> list[Row]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _is_needed(path: Path, run: Run, settings: SLArguments | RLArguments) -> bool:
@@ -363,7 +360,7 @@ def _left(runs: Mapping[Key, Run], finished: set[Key], settings: GridArguments) 
 def _finished(path: Path, settings: GridArguments, runs: Mapping[Key, Run],
               prints: Mapping[str, str]) -> dict[Key, Row]:
     """The rows of results that are there: those of this grid, on these data, by the very commands it would run."""
-    rows = _read_rows(path) if path.exists() else []
+    rows = read_rows(path) if path.exists() else []
     found = {}
     for row in rows:
         key = row["dataset"], row["model"], row["arm"], int(row["seed"])
@@ -400,15 +397,20 @@ def machine() -> str:
 @exit_on_user_error
 def _command() -> None:
     settings = parse(GridArguments, __doc__ or "")
-    out = Path(settings.out)
-    path = out / "results.csv"
+    path = settings.folder / "results.csv"
     if not settings.report:
-        check_writable(out)
+        check_writable(settings.folder)
         run_grid(settings, path)
     if not path.exists():
         raise UserError(f"{path}: no results yet: run this command without --report")
-    write_report(_read_rows(path), out, " ".join(["python3", *sys.argv]).replace(" --report", ""))
-    print(f"written to {out}: results.csv, report.md and plots")
+    asked = command_of("experiments.py", replace(settings, report=False, publish="", out=""))
+    rows = read_rows(path)
+    for folder in filter(None, (str(settings.folder), settings.publish)):
+        write_report(rows, Path(folder), asked)
+    if settings.publish:
+        write_rows(Path(settings.publish) / "results.csv", rows)
+        put_into_readme(Path("README.md"), rows, Path(settings.publish), asked)
+    print(f"written to {settings.folder}: results.csv, report.md and plots")
 
 
 if __name__ == "__main__":

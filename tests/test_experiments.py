@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, command, complaint, run
+from conftest import ENVIRONMENT, REPOSITORY, command, complaint, run
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
 from experiments import TABLES, GridArguments, Run, _needs, arms
 from train.Arguments import RLArguments, SLArguments, command_of, parse
-from train.report import difference, holm, write_report
+from train.checkpoint import read_rows
+from train.report import MARKS, difference, holm, put_into_readme, write_report
 
 Row = dict[str, str]
 
@@ -152,6 +153,33 @@ def test_the_report_says_what_the_figures_support(tmp_path: Path, gain: float, t
     assert shown == pytest.approx(1000 * gain, abs=0.5)
     for picture in re.findall(r"\((.*?\.png)\)", text):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_go_between_the_marks_of_a_readme(tmp_path: Path) -> None:
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n\n{MARKS[0]}\nold\n{MARKS[1]}\n\nafter\n")
+    put_into_readme(path, made_up(0.003, 0.0003), Path("docs/results"), "python3 experiments.py")
+    text = path.read_text()
+    assert text.startswith("before")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "RMTL beats its control" in text
+    path.write_text("no marks")
+    assert "are missing" in complaint(lambda: put_into_readme(path, made_up(0.0, 0.1), Path("x"), "c"))
+    assert path.read_text() == "no marks"
+
+
+def test_what_the_readme_says_is_what_the_results_say(tmp_path: Path) -> None:
+    """README and report are those that results.csv gives."""
+    published = REPOSITORY / "docs" / "results"
+    rows = read_rows(published / "results.csv")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    (asked,) = re.findall(r"^    (python3 experiments.py .*)$", readme.split(MARKS[0])[1], re.MULTILINE)
+    shutil.copy(REPOSITORY / "README.md", tmp_path)
+    put_into_readme(tmp_path / "README.md", rows, Path("docs/results"), asked)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == readme
+    write_report(rows, tmp_path, asked)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == (published / "report.md").read_text(encoding="utf-8")
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs

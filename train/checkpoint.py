@@ -176,3 +176,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Read what `write_rows` wrote."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

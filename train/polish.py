@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from env import reward_of
 from layers.session import make_critic, window_of
 from slmodels import MODELS
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, load_model, load_tensors, sight
+from train.checkpoint import RunFolder, load_model, load_tensors, read_rows, sight
 from train.run import EVALUATION_BATCH, slpred
 from train.utils import Metrics, RlLossPolisher
 
@@ -118,7 +117,6 @@ def _of_control(settings: SLArguments, start: str, task_names: Sequence[str]) ->
     if config.get("start") != start or any(
             saved.get(name) != value for name, value in asdict(settings).items() if name not in free):
         return []
-    with open(run.metrics, encoding="utf-8", newline="") as file:
-        last = [row for row in csv.DictReader(file) if row.get("split") == "test"]
+    last = [row for row in read_rows(run.metrics) if row.get("split") == "test"]
     return [{figure: float(last[-1][f"{figure}_{name}"]) for figure in Metrics._fields}
             for name in task_names] if last else []

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
-from dataset.files import write_text
+from dataset.files import UserError, write_text
 from train.plots import save_figure
 
 Pair = tuple[str, str, str]  # model, arm, control
 LEVEL = 0.05
+MARKS = "<!-- results, written by experiments.py -->", "<!-- end of results -->"
 FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
 
 
@@ -96,10 +97,38 @@ def write_report(rows: Sequence[dict[str, str]], out: Path, command: str) -> Non
     """Write report.md and its plots into the folder `out`."""
     table = pd.DataFrame(rows).fillna("")
     parts = [_head(table, command)]
-    for dataset, of_it in table.groupby("dataset", sort=False):
-        results = Results(of_it.loc[:, (of_it != "").any()].reset_index(drop=True).astype({"seed": int}))
-        parts.append(_section(results, str(dataset), out))
+    parts += [_section(results, dataset, out) for dataset, results in _by_dataset(table)]
     write_text(out / "report.md", "\n\n".join(parts) + "\n")
+
+
+def put_into_readme(readme: Path, rows: Sequence[dict[str, str]], folder: Path, command: str) -> None:
+    """Write the summary of the results, which lie in `folder`, between the two marks of a README. Raises UserError."""
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if not text.count(MARKS[0]) == text.count(MARKS[1]) == 1:
+        raise UserError(f"{readme}: the lines '{MARKS[0]}' and '{MARKS[1]}', between which results go, are missing")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    write_text(readme, f"{before}{MARKS[0]}\n\n{summary(rows, folder, command)}\n\n{MARKS[1]}{after}")
+
+
+def summary(rows: Sequence[dict[str, str]], folder: Path, command: str) -> str:
+    """What the README says of the results: verdict, main comparison and where the rest is."""
+    table = pd.DataFrame(rows).fillna("")
+    parts = [f"    {command}"]
+    for dataset, results in _by_dataset(table):
+        parts += [f"{dataset}: {verdict(results)}", gain_table(results, [
+            (model, arm, control) for model in results.models
+            for arm, control in (("RMTL", "constant"), ("RMTL", "shuffled"), ("constant", "baseline"))], means=True)]
+        parts += [f"![gains]({folder.as_posix()}/{dataset}_gain.png)"]
+    places = f"[report]({folder.as_posix()}/report.md) and [results.csv]({folder.as_posix()}/results.csv)"
+    runs, seeds = len(table), table["seed"].nunique()
+    parts.append("Differences in thousandths of test AUC, with the 95 % interval and the p-value of a paired t-test "
+                 f"over {seeds} seeds; all {runs} runs, every other table and the reasons are in {places}.")
+    return "\n\n".join(parts)
+
+
+def _by_dataset(table: pd.DataFrame) -> list[tuple[str, Results]]:
+    return [(str(name), Results(rows.loc[:, (rows != "").any()].reset_index(drop=True).astype({"seed": int})))
+            for name, rows in table.groupby("dataset", sort=False)]
 
 
 def _head(table: pd.DataFrame, command: str) -> str:
