@@ -41,7 +41,7 @@ from train.report import put_into_readme, write_report
 from train.run import get_dataset
 from train.weighting import WEIGHTINGS
 
-LAMBDAS, GAMMAS, TAUS = (0.1, 0.3, 3.0, 10.0), (0.0, 0.5, 0.99), (0.05, 1.0)  # beside the defaults 1, 0.9 and 0.2
+LAMBDAS, GAMMAS, TAUS = (0.1, 0.3, 3.0, 10.0), (0.0, 0.99), (0.05, 1.0)  # beside the defaults 1, 0.9 and 0.2
 TABLES = ("main", "ablation", "session", "tried", "weighting", "transfer", "lambda", "gamma", "tau")
 KEPT = ("metrics.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")  # of a finished run
 Row = dict[str, str]
