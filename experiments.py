@@ -73,7 +73,7 @@ class GridArguments(Arguments):
 
     def __post_init__(self) -> None:
         if self.quick:
-            small = {"models": "esmm,mmoe", "seeds": 3, "embed_dim": 16, "epoch": 6, "critic_epoch": 4}
+            small = {"models": "esmm,mmoe", "seeds": 3, "embed_dim": 16, "epoch": 3, "critic_epoch": 3}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])
@@ -176,7 +176,8 @@ def _critics(table: str, model: str, name: str, changes: Mapping[str, Any], cont
 
 
 def _with_what_they_need(found: Sequence[Arm], tables: set[str]) -> list[Arm]:
-    """The arms of the tables asked for, and those that these start from, ask or are measured against."""
+    """The arms of the tables asked for, the main comparison of their models, and what else these start from, ask or
+    are measured against."""
     by_name = {(arm.model, arm.name): arm for arm in found}
     wanted: set[tuple[str, str]] = set()
     ahead = [arm for arm in found if arm.table in tables]
@@ -186,6 +187,7 @@ def _with_what_they_need(found: Sequence[Arm], tables: set[str]) -> list[Arm]:
             wanted.add((arm.model, arm.name))
             ahead += [by_name[need] for need in _needs(arm)]
             ahead += [by_name[arm.model, arm.control]] if arm.control else []
+            ahead += [one for one in found if one.table == "main" and one.model == arm.model]
     return [arm for key, arm in by_name.items() if key in wanted]
 
 

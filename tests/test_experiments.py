@@ -182,6 +182,15 @@ def test_what_the_readme_says_is_what_the_results_say(tmp_path: Path) -> None:
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == (published / "report.md").read_text(encoding="utf-8")
 
 
+def test_a_report_of_runs_that_are_not_all_there(tmp_path: Path) -> None:
+    """As while a grid goes on: models whose comparison is not complete wait."""
+    rows = made_up(0.003, 0.0003)
+    for count in (1, 3, 7, len(rows)):
+        write_report(rows[:count], tmp_path, "python3 experiments.py")
+        complete = {"RMTL", "shuffled", "constant", "baseline"} <= {row["arm"] for row in rows[:count]}
+        assert ("all there yet" in (tmp_path / "report.md").read_text()) != complete
+
+
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 SMALL = ["--tables=ablation", "--models=esmm", "--seeds=2", "--embed_dim=4", "--epoch=1", "--critic_epoch=1",

@@ -22,6 +22,7 @@ from train.plots import save_figure
 
 Pair = tuple[str, str, str]  # model, arm, control
 LEVEL = 0.05
+CONTROLS = ("baseline", "constant", "shuffled")
 MARKS = "<!-- results, written by experiments.py -->", "<!-- end of results -->"
 FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
 
@@ -59,12 +60,13 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 class Results:
-    """The rows of one data set."""
+    """The rows of one data set; `models` are those whose main comparison is complete."""
 
     def __init__(self, table: pd.DataFrame) -> None:
         self.table = table
         self.tasks = [name.removeprefix("auc_") for name in table if name.startswith("auc_")]
-        self.models = list(dict.fromkeys(table.loc[table["table"] == "main", "model"]))
+        main = table[table["table"] == "main"].groupby("model", sort=False)["arm"]
+        self.models = [str(model) for model, arms in main if {"RMTL", *CONTROLS} <= set(arms)]
 
     def arms(self, name: str) -> list[tuple[str, str, str]]:
         """Model, arm and control of a table's arms that have test figures to compare, in order."""
@@ -114,7 +116,7 @@ def summary(rows: Sequence[dict[str, str]], folder: Path, command: str) -> str:
     """What the README says of the results: verdict, main comparison and where the rest is."""
     table = pd.DataFrame(rows).fillna("")
     parts = [f"    {command}"]
-    for dataset, results in _by_dataset(table):
+    for dataset, results in [pair for pair in _by_dataset(table) if pair[1].models]:
         parts += [f"{dataset}: {verdict(results)}", gain_table(results, [
             (model, arm, control) for model in results.models
             for arm, control in (("RMTL", "constant"), ("RMTL", "shuffled"), ("constant", "baseline"))], means=True)]
@@ -151,6 +153,8 @@ critics' weights on the wrong samples."""
 
 
 def _section(results: Results, dataset: str, out: Path) -> str:
+    if not results.models:
+        return f"## {dataset}\n\nFor no model are baseline, controls and RMTL all there yet."
     parts = [f"## {dataset}", verdict(results), f"![gains]({dataset}_gain.png)", main_table(results),
              gain_table(results, [(model, *pair) for model in results.models for pair in (
                  ("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))])]
@@ -207,10 +211,8 @@ def main_table(results: Results) -> str:
     head = [f"{task} {title}" for task in results.tasks for title in FIGURES.values()]
     lines = [_row(["model", "run", *head]), _row(["---"] * (2 + len(head)))]
     for model in results.models:
-        for arm in ("baseline", "constant", "shuffled", "RMTL"):
-            if not results.of(model, arm, f"auc_{results.tasks[0]}").empty:
-                lines.append(_row([model, arm, *(results.mean(model, arm, f"{figure}_{task}")
-                                                 for task in results.tasks for figure in FIGURES)]))
+        lines += [_row([model, arm, *(results.mean(model, arm, f"{figure}_{task}")
+                                      for task in results.tasks for figure in FIGURES)]) for arm in (*CONTROLS, "RMTL")]
     return "\n".join(lines)
 
 
