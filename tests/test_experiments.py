@@ -21,10 +21,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments import TABLES, GridArguments, Run, _needs, arms
+from grid.arms import TABLES, GridArguments, Run, _needs, arms
+from grid.report import MARKS, difference, holm, put_into_readme, write_report
 from train.Arguments import RLArguments, SLArguments, command_of, parse
 from train.checkpoint import read_rows
-from train.report import MARKS, difference, holm, put_into_readme, write_report
 
 Row = dict[str, str]
 

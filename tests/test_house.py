@@ -14,7 +14,7 @@ FLOORS = {
     "env": 3, "agents": 3,
     "train.run": 4, "train.offline": 4, "train.polish": 4,
     "SLmain": 5, "RLmain": 5,
-    "bench": 6, "experiments": 6,
+    "bench": 6, "grid": 6, "experiments": 6,
 }
 FILES = [path for path in ROOT.rglob("*.py") if path.relative_to(ROOT).parts[0].removesuffix(".py") in FLOORS]
 
