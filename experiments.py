@@ -32,7 +32,7 @@ def _command() -> None:
         run_grid(settings, path)
     if not path.exists():
         raise UserError(f"{path}: no results yet: run this command without --report")
-    asked = command_of("experiments.py", replace(settings, report=False, publish="", out=""))
+    asked = command_of("experiments.py", replace(settings, report=False, publish="", out="", workers=0))
     rows = read_rows(path)
     for folder in filter(None, (str(settings.folder), settings.publish)):
         write_report(rows, Path(folder), asked)

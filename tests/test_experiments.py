@@ -23,6 +23,7 @@ from scipy import stats
 
 from grid.arms import TABLES, GridArguments, Run, _needs, arms
 from grid.report import MARKS, difference, holm, put_into_readme, write_report
+from grid.runs import _finished, _left
 from train.Arguments import RLArguments, SLArguments, command_of, parse
 from train.checkpoint import read_rows
 
@@ -193,7 +194,7 @@ def test_a_report_of_runs_that_are_not_all_there(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
-SMALL = ["--tables=ablation", "--models=esmm", "--seeds=2", "--embed_dim=4", "--epoch=1", "--critic_epoch=1",
+SMALL = ["--tables=main", "--models=esmm", "--seeds=2", "--embed_dim=4", "--epoch=1", "--critic_epoch=1",
          "--critic_updates=3", "--critic_batch=64", "--out=results"]
 TIMES = ("seconds",)
 
@@ -221,9 +222,8 @@ def done(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_row_a_run_and_the_report_beside_it(done: Path) -> None:
     rows = results(done)
-    grid = GridArguments(**{flag[2:].split("=")[0]: type(getattr(GridArguments(), flag[2:].split("=")[0]))(
-        flag.split("=")[1]) for flag in SMALL})
-    assert [(row["arm"], row["seed"]) for row in rows] == [(arm.name, seed) for arm in arms(grid) for seed in "12"]
+    assert [(row["arm"], row["seed"]) for row in rows] == [
+        (arm.name, seed) for arm in arms(settings_of()) for seed in "12"]
     assert len({row["fingerprint"] for row in rows}) == 1
     assert (done / "results" / "report.md").exists()
     left = {path.suffix for path in (done / "results" / "runs").rglob("*") if path.is_file()}
@@ -235,7 +235,7 @@ def test_the_command_of_a_row_gives_its_figures(done: Path, rt_tables: Path, tmp
     """As a reader of the report would check it, baseline and critics first."""
     folder = shop(tmp_path, rt_tables)
     rows = {row["arm"]: row for row in results(done) if row["seed"] == "2"}
-    for arm in ("baseline", "critics", "label"):
+    for arm in ("baseline", "critics", "RMTL"):
         program, *flags = shlex.split(rows[arm]["command"])[1:]
         finished = run(folder, program, *flags)
         assert finished.returncode == 0, finished.stderr
@@ -250,14 +250,12 @@ def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(done: Path, rt_table
     path = folder / "results" / "results.csv"
     process = subprocess.Popen(command("experiments.py", *SMALL, "--workers=1"), cwd=folder, env=ENVIRONMENT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 240
-    while time.monotonic() < until and not (path.exists() and len(results(folder)) >= 3):
+    while process.poll() is None and not (path.exists() and len(results(folder)) >= 3):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
     before = path.read_text().splitlines()
     assert 3 < len(before) < len(results(done)) + 1
-    time.sleep(1.5)  # its workers notice
     finished = run(folder, "experiments.py", *SMALL, "--workers=1")
     assert finished.returncode == 0, finished.stderr
     assert results(folder) == results(done), "nor does it matter how many runs went side by side"
@@ -267,18 +265,48 @@ def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(done: Path, rt_table
         assert times[row["arm"], row["seed"]] == row["seconds"], "a finished run was run again"
 
 
-def test_rows_of_other_settings_go_and_the_report_can_be_written_again(done: Path, rt_tables: Path,
-                                                                       tmp_path: Path) -> None:
-    folder = shop(tmp_path, rt_tables)
-    shutil.copytree(done / "results", folder / "results")
-    text = (folder / "results" / "report.md").read_text()
-    (folder / "results" / "report.md").unlink()
-    assert run(folder, "experiments.py", *SMALL, "--report").returncode == 0
-    assert (folder / "results" / "report.md").read_text().split("\n", 4)[4] == text.split("\n", 4)[4]
-    finished = run(folder, "experiments.py", *[flag.replace("ablation", "main") for flag in SMALL])
-    assert finished.returncode == 0
-    assert "are of other settings or data" in finished.stdout
-    assert {row["arm"] for row in results(folder)} == {"baseline", "critics", "RMTL", "constant", "shuffled"}
+def settings_of(*flags: str) -> GridArguments:
+    return parse(GridArguments, "", [*SMALL, *flags])
+
+
+def test_rows_of_other_settings_or_data_go(done: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(done)
+    path = Path("results/results.csv")
+    rows = read_rows(path)
+    prints = {"rt": rows[0]["fingerprint"]}
+
+    def kept(settings: GridArguments, prints: dict[str, str]) -> int:
+        runs = {run.key: run for arm in arms(settings) for seed in (1, 2) for run in [Run("rt", arm, seed)]}
+        return len(_finished(path, settings, runs, prints))
+
+    assert kept(settings_of(), prints) == kept(settings_of("--tables=ablation"), prints) == len(rows) == 10
+    assert capsys.readouterr().out == ""
+    assert kept(settings_of("--epoch=2"), prints) == 2, "critics have epochs of their own"
+    assert "8 of 10 rows are of other settings or data" in capsys.readouterr().out
+    assert kept(settings_of(), {"rt": "other"}) == 0
+
+
+def test_what_a_run_needs_is_made_again_where_it_is_gone(done: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         tmp_path: Path) -> None:
+    shutil.copytree(done / "results", tmp_path / "results")
+    monkeypatch.chdir(tmp_path)
+    settings = settings_of("--tables=ablation")
+    runs = {run.key: run for arm in arms(settings) for run in [Run("rt", arm, 1)]}
+    finished = {key for key in runs if key[2] not in ("label", "critic")}
+    assert [key[2] for key in _left(runs, finished, settings)] == ["label", "critic"]
+    for path in (tmp_path / "results" / "runs" / "rt_esmm_critics_1").rglob("*.pth"):
+        path.unlink()
+    assert [key[2] for key in _left(runs, finished, settings)] == ["critics", "label", "critic"]
+
+
+def test_the_report_can_be_written_again(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done / "results", tmp_path / "results")
+    text = (tmp_path / "results" / "report.md").read_text()
+    shutil.rmtree(tmp_path / "results" / "runs")
+    (tmp_path / "results" / "report.md").unlink()
+    assert run(tmp_path, "experiments.py", *SMALL, "--report").returncode == 0
+    assert (tmp_path / "results" / "report.md").read_text() == text
 
 
 def test_a_run_that_fails_is_told_and_the_others_go_on(rt_tables: Path, tmp_path: Path) -> None:
