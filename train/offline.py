@@ -78,9 +78,10 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
     fingerprint = str(agent.identity.get("data"))
     state = run.open(settings or {}, fingerprint, resume)
     if state is not None:
-        agent.load_state_dict(state["agent"])
-        vars(stopper).update(state["stopper"])
-        rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
+        with run.restoring():
+            agent.load_state_dict(state["agent"])
+            vars(stopper).update(state["stopper"])
+            rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}")
     for number in range(first, epoch + 1):
         if not going:

@@ -241,11 +241,12 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     state = run.open(asdict(settings), splits.fingerprint, settings.resume)
     run.write_config(asdict(settings), splits.manifest, splits.fingerprint, weights_digest(model))
     if state is not None:
-        model.load_state_dict(state["model"])
-        set_optim_param(optimizer, state["optimizer"])
-        stopper.load_state_dict(state["stopper"])
-        weighting.load_state_dict(state["weighting"])
-        rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
+        with run.restoring():
+            model.load_state_dict(state["model"])
+            set_optim_param(optimizer, state["optimizer"])
+            stopper.load_state_dict(state["stopper"])
+            weighting.load_state_dict(state["weighting"])
+            rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
     elif polisher is not None:
         metrics = evaluate(model, val, settings.task_num, device)
