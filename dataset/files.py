@@ -169,6 +169,11 @@ def repaired(path: Path, count: int, what: str) -> None:
         print(f"{path}: repaired: {count:,} {what}")
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text is the name of a file, and of one in the folder that it is looked for in."""
+    return name.isprintable() and Path(name).name == name and len(os.fsencode(name)) <= 200
+
+
 def check_file(path: Path) -> None:
     """Raise UserError where there is no file, or something else in its place: a folder, a pipe that never ends."""
     if not os.path.exists(path):  # unlike Path.exists it takes any name
