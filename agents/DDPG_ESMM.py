@@ -18,7 +18,7 @@ from env import MTEnv
 from layers import Critic, CriticNeg
 from slmodels import build
 from train import world
-from train.checkpoint import load_model, save_model
+from train.checkpoint import load_model, put_weights, save_model
 from train.utils import get_optim_param, set_optim_param
 
 Tensors = dict[str, Tensor]
@@ -218,7 +218,7 @@ class DDPG_ESMM:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, network in self.networks().items():
-            network.load_state_dict(state["networks"][name])
+            put_weights(network, state["networks"][name])
         for name, tensors in state["optimizers"].items():
             set_optim_param(getattr(self, f"{name}_optimizer"), tensors)
         self.updates = state["updates"]

@@ -360,6 +360,8 @@ def _check_files(path: Path, files: list[str], manifest: dict[str, Any]) -> None
         if sha256(path / name) != digest:
             if name.removesuffix(".csv") in SPLITS:  # a bad cell or column says more than that the file has changed
                 _read_split(path / name, manifest)
+            if name in manifest["tables"]:
+                _read_side(path / name, manifest["tables"][name]["key"], manifest["tables"][name]["fields"])
             raise UserError(f"{path / name}: not the file that dataset.prepare wrote (its SHA-256 differs from "
                             "manifest.json): was it edited or cut short? Prepare the folder again")
 

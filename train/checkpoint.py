@@ -82,14 +82,20 @@ def load_model(path: Path, model: nn.Module, identity: Identity, remedy: str) ->
         if not _is_same(saved.get(name), value):
             raise UserError(f"{path}: its {name} is {_short(saved.get(name))}, not {_short(value)}: {remedy}")
     try:
-        own = model.state_dict()
-        for name, tensor in saved["weights"].items():
-            if name in own and tensor.dtype != own[name].dtype:
-                raise TypeError(f"{name} is {tensor.dtype}, not {own[name].dtype}")
-        model.load_state_dict(saved["weights"])
+        put_weights(model, saved["weights"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: its weights do not fit the model ({reason}): {remedy}") from error
+
+
+def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give a model weights of its own names, shapes and types. Raises RuntimeError or TypeError where they are others.
+    """
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name in own and tensor.dtype != own[name].dtype:  # torch would round
+            raise TypeError(f"{name} is {tensor.dtype}, not {own[name].dtype}")
+    model.load_state_dict(weights)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -179,6 +185,10 @@ class RunFolder:
         if other:
             raise UserError(f"{self.state}: that run had --{other[0]}={_short(saved.get(other[0]))}, this one has "
                             f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
+        rows = state.get("metrics")
+        if (type(state.get("epoch")) is not int or not isinstance(state.get("going"), bool) or not rows
+                or not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= {"epoch"} for row in rows)):
+            raise UserError(f"{self.state}: not the state of a run: run without --resume to start anew")
         return state
 
     @contextlib.contextmanager

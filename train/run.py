@@ -25,7 +25,7 @@ from dataset.simulate import Size, simulate
 from slmodels import AITM, MetaHeac, build
 from train import world
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
+from train.checkpoint import RunFolder, put_weights, save_model, save_tensors, weights_digest
 from train.offline import (
     discounted_returns,
     one_iter_offline,
@@ -242,7 +242,8 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     run.write_config(asdict(settings), splits.manifest, splits.fingerprint, weights_digest(model))
     if state is not None:
         with run.restoring():
-            model.load_state_dict(state["model"])
+            put_weights(model, state["stopper"]["best_state"])  # better refused now than at the end
+            put_weights(model, state["model"])
             set_optim_param(optimizer, state["optimizer"])
             stopper.load_state_dict(state["stopper"])
             weighting.load_state_dict(state["weighting"])
