@@ -21,7 +21,7 @@ import sys
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -171,7 +171,8 @@ def repaired(path: Path, count: int, what: str) -> None:
 
 def is_file_name(name: str) -> bool:
     """Whether a text is the name of a file, and of one in the folder that it is looked for in."""
-    return name.isprintable() and Path(name).name == name and len(os.fsencode(name)) <= 200
+    return (name not in ("", ".", "..") and name.isprintable() and Path(name).name == name
+            and len(os.fsencode(name)) <= 200)
 
 
 def check_file(path: Path) -> None:
@@ -364,17 +365,27 @@ def _blank_lines(path: Path, rows: int, cells: int) -> int | None:
         return lines + (last not in b"\r\n") - (rows + 1) if commas == (rows + 1) * (cells - 1) else None
     blank = 0
     with _open(path, "rt") as file:  # commas inside quotes: count cells instead
-        for row in csv.reader(file):
-            if _is_blank(row):
+        for _, row in _rows(file):
+            if not row:
                 blank += 1
             elif len(row) != cells:
                 return None
     return blank
 
 
-def _is_blank(row: list[str]) -> bool:
-    """Whether a line has no cell, as the csv module sees it; pandas leaves such lines out."""
-    return not row or (len(row) == 1 and row[0] != "" and not row[0].strip(" \t"))
+def _rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each row begins, and its cells; none where the line is blank, which pandas leaves out."""
+    raw = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal raw
+        for raw in file:  # noqa: UP028 -- what the row was made of is looked at below
+            yield raw
+
+    reader, end = csv.reader(lines()), 0
+    for row in reader:
+        line, end = end + 1, reader.line_num
+        yield line, row if len(row) != 1 or '"' in raw or row[0].strip(" \t") else []
 
 
 def _open(path: Path, mode: Literal["rb", "rt"]) -> Any:
@@ -386,9 +397,11 @@ def _read_header(path: Path) -> list[str]:
     check_file(path)
     try:
         with _open(path, "rt") as file:
-            header = next(csv.reader(file), [])
+            rows = _rows(file)
+            _, header = next(rows, (1, []))
+            line, first = next((one for one in rows if one[1]), (1, header))
     except UnicodeDecodeError:
-        raise _not_text(path, []) from None
+        raise _not_text(path) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not any(header):
@@ -398,21 +411,29 @@ def _read_header(path: Path) -> list[str]:
         raise UserError(f"{path}, line 1: column '{_short(twice[0])}' stands there {header.count(twice[0])} times")
     if any("\0" in name for name in header):
         raise UserError(f"{path}, line 1: NUL bytes: damaged, or not UTF-8 text: save it as UTF-8 CSV")
+    if len(first) > len(header):  # which pandas would take for the width of all, and cut off what is too much
+        raise UserError(f"{path}, line {line}, column '{_short(header[-1])}': {_too_long(first, header)}")
     return header
 
 
-def _not_text(path: Path, header: list[str]) -> UserError:
+def _too_long(row: list[str], header: list[str]) -> str:
+    return f"{len(row)} cells, but the header has {len(header)}"
+
+
+def _not_text(path: Path) -> UserError:
     """Say where the first byte is that is not UTF-8."""
+    header: list[str] = []
     with _open(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
             return UserError(f"{path}: not UTF-8 text but gzip: name it {path.name}.gz, or unpack it")
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
+                header = header or next(csv.reader([line.decode("utf-8-sig")]), [])
                 line.decode()
             except UnicodeDecodeError as bad:
-                before = next(csv.reader([line[: bad.start].decode().removeprefix("\ufeff")]), [""])
-                column = f", column '{header[len(before) - 1]}'" if 0 < len(before) <= len(header) else ""
+                before = next(csv.reader([line[: bad.start].decode()]), [""])
+                column = f", column '{header[len(before) - 1]:.40}'" if 0 < len(before) <= len(header) else ""
                 return UserError(f"{path}, line {number}{column}: not UTF-8 text ({bad.reason}): save it as UTF-8 CSV")
     return UserError(f"{path}: not UTF-8 text: save it as UTF-8 CSV")
 
@@ -453,7 +474,7 @@ def _explained(path: Path, header: list[str], kinds: Mapping[str, Kind], error: 
     try:
         line, column, what = _first_problem(path, header, kinds)
     except UnicodeDecodeError:
-        return _not_text(path, header)
+        return _not_text(path)
     except (OSError, EOFError, zlib.error, csv.Error) as bad:
         return UserError(f"{path}: damaged or cut short: {getattr(bad, 'strerror', None) or bad}")
     if what:
@@ -466,18 +487,15 @@ def _explained(path: Path, header: list[str], kinds: Mapping[str, Kind], error: 
 
 def _first_problem(path: Path, header: list[str], kinds: Mapping[str, Kind]) -> Problem:
     """The line on which the first bad row begins, the column, and what is wrong; "" where nothing is, of the last."""
-    line, end = 1, 1
-    row: list[str] = []
+    line, row = 1, header
     with _open(path, "rt") as file:
-        reader = csv.reader(file)
-        next(reader)
-        end = reader.line_num
-        for row in reader:
-            line, end = end + 1, reader.line_num
-            if _is_blank(row):
+        rows = _rows(file)
+        next(rows)
+        for line, row in rows:
+            if not row:
                 continue
             if len(row) > len(header):
-                return line, header[-1], f"{len(row)} cells, but the header has {len(header)}"
+                return line, header[-1], _too_long(row, header)
             if len(row) < len(header):
                 what = f"the row ends after {len(row)} of {len(header)} cells: is the file cut short?"
                 return line, header[len(row)], what

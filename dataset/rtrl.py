@@ -394,7 +394,7 @@ def _read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _read_truth(path: Path, tables: dict[str, pd.DataFrame], manifest: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
-    truth = read_truth(path, size_of(manifest["simulation"], path.parent / "manifest.json"))
+    truth = read_truth(path, size_of(manifest["simulation"], path.parent / "manifest.json"), optional=["visitorid"])
     if len(truth) != sum(map(len, tables.values())):
         raise UserError(f"{path}: {len(truth)} rows, but the tables have {sum(map(len, tables.values()))}")
     for name in ("timestamp", "itemid"):

@@ -22,6 +22,7 @@ later reward. Appeal and worth are sums over the item's property values as they 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -223,9 +224,9 @@ def size_of(simulation: Any, file: Path) -> Size:
         raise UserError(f"{file}: {error}") from error
 
 
-def read_truth(path: Path, size: Size) -> pd.DataFrame:
+def read_truth(path: Path, size: Size, optional: Sequence[str] = ()) -> pd.DataFrame:
     """Read truth.csv of a log of that size. Raises UserError naming line and column where a value cannot be."""
-    truth = read_table(path, TRUTH_KINDS, optional=["visitorid"])
+    truth = read_table(path, TRUTH_KINDS, optional)
     rows = {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
             "category": (0, categories_of(size) - 1), "position": (1, LONGEST), "itemid": (1, 2 * size.items)}
     for name, (low, high) in rows.items():

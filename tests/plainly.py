@@ -45,7 +45,9 @@ def read(content: bytes, gzipped: bool, kinds: Mapping[str, str], optional: Sequ
     except UnicodeDecodeError:
         return whole()
     # A row of its own behind the last one: a quote that never ends swallows it.
-    lines = csv.reader(io.StringIO(text + ("" if text.endswith(("\n", "\r")) else "\n") + END + "\n", newline=""))
+    raw: list[str] = []
+    lines = csv.reader(raw.append(one) or one for one in io.StringIO(
+        text + ("" if text.endswith(("\n", "\r")) else "\n") + END + "\n", newline=""))
     header = next(lines)
     if header == [END] or not any(header):
         return whole()
@@ -61,7 +63,7 @@ def read(content: bytes, gzipped: bool, kinds: Mapping[str, str], optional: Sequ
         line, start = start, lines.line_num + 1
         if cells == [END]:
             break
-        if not cells or (len(cells) == 1 and cells[0] and not cells[0].strip(" \t")):
+        if not cells or (len(cells) == 1 and '"' not in raw[-1] and not cells[0].strip(" \t")):
             blank_lines += 1
             continue
         if len(cells) != len(header):
@@ -97,7 +99,7 @@ def value_of(cell: str, kind: str) -> tuple[bool, Any]:
         return False, None
     exact = Decimal(cell)
     if kind == "label":
-        return float(cell) in (0.0, 1.0), float(cell)
+        return float(cell) in (0.0, 1.0), abs(float(cell))
     if kind == "number":
         return math.isfinite(float(cell)), float(cell)
     if abs(exact) >= 2**53 or float(cell) != math.floor(float(cell)):

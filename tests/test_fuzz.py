@@ -33,7 +33,7 @@ import numpy as np
 import plainly
 import pytest
 import torch
-from conftest import run
+from conftest import COUNTS
 from hypothesis import strategies as st
 from test_prepare import assert_account_adds_up, read_rows, reference
 
@@ -49,7 +49,7 @@ from layers import CriticNeg
 from slmodels import build
 from train import run as loops
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, load_model, model_identity, save_model, weights_digest
+from train.checkpoint import RunFolder, load_model, model_identity, save_model
 from train.polish import make_polisher, summary
 from train.utils import Catemapper, Metrics, map_splits
 
@@ -107,8 +107,8 @@ def blame(case: Case, plain: plainly.Plain, others: str = "") -> Iterator[None]:
             raise
         line, column = plain.problems[0]
         assert text.startswith(str(case.path)), text
-        if line:
-            assert f"{case.path.name}, line {line}" in text, (text, plain.problems[:3])
+        if line:  # or "row 7 (about line 8)", where the row is well-formed and its content is not
+            assert re.search(rf"\bline {line}\b", text), (text, plain.problems[:3])
         if column:
             shown = re.sub(r"[^\x20-\x7e]", "?", column)
             assert f"column '{shown if len(shown) <= 40 else shown[:37] + '...'}'" in text, (text, plain.problems[:3])
@@ -213,7 +213,7 @@ def kuairand_raw(folder: Path) -> None:
             "\n".join(["user_id,video_id,date,time_ms,is_click,long_view,play_time_ms,tab", *part]) + "\n")
     (folder / "user_features_1k.csv").write_text("\n".join([
         ",".join(["user_id", *USER_FIELDS]), *(",".join(str(rng.randrange(5)) for _ in range(27)) for _ in "1"),
-        *(",".join([str(user), *(str(rng.randrange(-1, 4)) for _ in USER_FIELDS)]) for user in range(9, 2, -1))]) + "\n")
+        *(",".join([str(user), *(str(rng.randrange(-1, 4)) for _ in USER_FIELDS)]) for user in range(9, 2, -1)), ""]))
     (folder / "video_features_basic_1k.csv").write_text("\n".join([
         ",".join(["video_id", *VIDEO_FIELDS, "video_duration"]),
         *(",".join([str(video), *(str(rng.randrange(4)) for _ in VIDEO_FIELDS), f"{rng.randrange(90_000)}.0"])
@@ -349,7 +349,8 @@ def compare_tables(case: Case, manifest: str) -> None:
 
 def values_of(split: RetailRocketRLDataset) -> list[list[str]]:
     """The categorical values of each row, as texts; missing ones are empty."""
-    columns = [[str(field.values[code]) if code >= 0 else "" for code in field.codes] for field in split.fields.values()]
+    columns = [[str(field.values[code]) if code >= 0 else "" for code in field.codes]
+               for field in split.fields.values()]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
@@ -360,7 +361,7 @@ def read_manifest(case: Case, original: Splits) -> None:
     fields = manifest["categorical"]
     labels = {"click": 0, "pay": 1}
     at = [labels[task["label"]] for task in manifest["tasks"]]
-    same = all(manifest.get(key) == splits_manifest(original)[key]
+    same = all(splits.manifest[key] == original.manifest[key]
                for key in ("categorical", "tables", "context", "long_tailed", "tasks"))
     assert (splits.fingerprint == original.fingerprint) == same, "what columns mean is part of what data are"
     assert splits.task_names == [task["name"] for task in manifest["tasks"]]
@@ -370,14 +371,10 @@ def read_manifest(case: Case, original: Splits) -> None:
         assert list(one.fields) == fields
         assert one.labels.tolist() == two.labels[:, at].tolist()
         assert one.session.tolist() == two.session.tolist()
-        whole = {field: column for field, column in zip(two.fields, zip(*values_of(two), strict=True), strict=True)}
+        whole = dict(zip(two.fields, zip(*values_of(two), strict=True), strict=True))
         assert values_of(one) == [list(row) for row in zip(*(whole[field] for field in fields), strict=True)]
         assert (one.truth is None) == ("truth.csv" not in manifest["outputs"])
     map_splits(splits, 0.2)
-
-
-def splits_manifest(splits: Splits) -> dict[str, Any]:
-    return splits.manifest
 
 
 def read_catemapper(case: Case, original: Splits) -> None:
@@ -470,7 +467,7 @@ def read_memory(case: Case) -> None:
     assert len(memory.sample_batch()["index"]) == min(4, len(memory))
 
 
-# ------------------------------------------------------------------------------------------------ the books of a control
+# ----------------------------------------------------------------------------------------------- the books of a control
 
 
 def read_books(case: Case, settings: SLArguments) -> None:
@@ -495,7 +492,9 @@ def read_books(case: Case, settings: SLArguments) -> None:
     (row,) = [row for row in plain.rows if row["split"] == "test"]
     figures = [float(row[f"{figure}_{task}"]) for task in ("CTR", "CTCVR") for figure in Metrics._fields]
     assert control[0].split()[2:] == [f"{one:.4f}" for one in figures]
-    assert all(0 <= one <= 1 or (math.isnan(one) and at % 3 == 0) or (one > 1 and at % 3) for at, one in enumerate(figures))
+    for at, one in enumerate(figures):
+        auc = at % len(Metrics._fields) == 0
+        assert 0 <= one <= (1 if auc else math.inf) or (auc and math.isnan(one))
 
 
 # ----------------------------------------------------------------------------------------------------------- the world
@@ -515,7 +514,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         splits = load_splits(folder / "tables" / "rt")
         mapper = map_splits(splits, 0.2)
 
-        settings = SLArguments(embed_dim=4, epoch=1, save_dir=str(folder / "SL"), resume=True, batch_size=16, patience=9,
+        settings = SLArguments(embed_dim=4, epoch=1, save_dir=str(folder / "SL"), resume=True, batch_size=16,
                                critic_dir=str(folder / "RL"), polish_lambda=0.0)
         identity = model_identity("esmm", settings, splits.fingerprint, mapper.field_dims)
         model = small_model(mapper.field_dims, splits.train.numerical_num)
@@ -617,6 +616,11 @@ def judge(target: Target, file: str, content: bytes, renamed: bool) -> str:
         assert text.isprintable(), text
         assert len(text) < 2000, text
         return "refused"
+    except Exception as error:
+        if content is not damage.FOLDER:
+            (target.folder.parent / f"failed {path.name}").write_bytes(content)
+            error.add_note(f"the damaged file: {target.folder.parent / f'failed {path.name}'}")
+        raise
     finally:
         signal.alarm(0)
         for left in set(target.folder.iterdir()) - before:
@@ -666,13 +670,11 @@ KINDS = ("raw RetailRocket", "raw KuaiRand", "truth and simulation", "published 
 
 
 @pytest.fixture(scope="module")
-def tally(request: pytest.FixtureRequest) -> Iterator[dict[str, Counter[str]]]:
+def tally() -> Iterator[dict[str, Counter[str]]]:
     """What became of the cases, by kind; printed at the end."""
     figures: dict[str, Counter[str]] = {}
     yield figures
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if figures and reporter is not None:
-        reporter.write_line("\n" + report(figures))
+    COUNTS.append(report(figures))
 
 
 def report(figures: dict[str, Counter[str]]) -> str:

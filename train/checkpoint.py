@@ -6,6 +6,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import math
 import os
 import reprlib
 import sys
@@ -185,9 +186,9 @@ class RunFolder:
         if other:
             raise UserError(f"{self.state}: that run had --{other[0]}={_short(saved.get(other[0]))}, this one has "
                             f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
-        rows = state.get("metrics")
-        if (type(state.get("epoch")) is not int or not isinstance(state.get("going"), bool) or not rows
-                or not isinstance(rows, list) or not all(isinstance(row, dict) and set(row) >= {"epoch"} for row in rows)):
+        epoch, going, rows = (state.get(name) for name in ("epoch", "going", "metrics"))
+        if type(epoch) is not int or not isinstance(going, bool) or not isinstance(rows, list) or not rows or not all(
+                isinstance(row, dict) and "epoch" in row for row in rows):
             raise UserError(f"{self.state}: not the state of a run: run without --resume to start anew")
         return state
 
@@ -247,11 +248,12 @@ class RunFolder:
 
 
 def _is_figure(cell: str, figure: str) -> bool:
-    """Whether a cell of metrics.csv can be that figure: an AUC from 0 to 1, a logloss of 0 or more."""
+    """Whether a cell of metrics.csv can be that figure: an AUC from 0 to 1, a logloss from 0 to that of a prediction
+    that is as wrong as can be (`train.utils.measure`)."""
     if figure == "auc" and cell == "nan":  # all labels of the split are the same
         return True
     try:
         value = float(cell) if cell.isascii() and "_" not in cell else -1.0
     except ValueError:
         return False
-    return 0 <= value <= (1 if figure == "auc" else sys.float_info.max)
+    return 0 <= value <= (1.0 if figure == "auc" else -math.log(1e-7) + 1e-3)

@@ -248,6 +248,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
             stopper.load_state_dict(state["stopper"])
             weighting.load_state_dict(state["weighting"])
             rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
+            _curves(splits.task_names, rows)  # drawn at the end
         print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
     elif polisher is not None:
         metrics = evaluate(model, val, settings.task_num, device)

@@ -53,7 +53,7 @@ class Catemapper:
         """Give the data set its ids (n, F). Raises UserError where it lacks a field of the mapping."""
         strange = [name for name in self.ids if name not in dataset.fields]
         if strange:
-            raise UserError(f"the category mapping has a field '{strange[0]}', the data have {', '.join(dataset.fields)}")
+            raise UserError(f"category mapping: field '{strange[0]}' is not one of {', '.join(dataset.fields)}")
         columns = []
         for name, ids in self.ids.items():
             column = dataset.fields[name]
@@ -72,7 +72,8 @@ class Catemapper:
         saved = read_json(path)
         fields = saved.get("ids")
         threshold = saved.get("threshold")
-        if type(threshold) not in (int, float) or not 0 <= threshold <= 1 or not isinstance(fields, dict) or not fields:
+        if (not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1
+                or not isinstance(fields, dict) or not fields):
             raise UserError(f"{path}: not a category mapping: 'threshold' from 0 to 1, and 'ids'")
         for name, values in fields.items():
             if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
@@ -251,7 +252,8 @@ def set_optim_param(optimizer: torch.optim.Adam, tensors: Sequence[Tensor]) -> N
     names = ("step", "exp_avg", "exp_avg_sq")
     groups = [tensors[at:at + len(names)] for at in range(0, len(tensors), len(names))]
     shapes = [[(), p.shape, p.shape] for group in optimizer.param_groups for p in group["params"]]
-    if groups and [[tensor.shape for tensor in group] for group in groups] != shapes:
+    if groups and ([[tensor.shape for tensor in group] for group in groups] != shapes
+                   or any(tensor.dtype != torch.float32 for tensor in tensors)):
         raise ValueError("an optimizer of other parameters")
     saved["state"] = {number: dict(zip(names, group, strict=True)) for number, group in enumerate(groups)}
     optimizer.load_state_dict(saved)
