@@ -17,10 +17,10 @@ from pathlib import Path
 
 from dataset.files import UserError, check_writable, exit_on_user_error
 from grid.arms import GridArguments
-from grid.report import put_into_readme, write_report
+from grid.report import put_into_readme, read_results, write_report
 from grid.runs import run_grid
 from train.Arguments import command_of, parse
-from train.checkpoint import read_rows, write_rows
+from train.checkpoint import write_rows
 
 
 @exit_on_user_error
@@ -33,7 +33,7 @@ def _command() -> None:
     if not path.exists():
         raise UserError(f"{path}: no results yet: run this command without --report")
     asked = command_of("experiments.py", replace(settings, report=False, publish="", out="", workers=0))
-    rows = read_rows(path)
+    rows = read_results(path)
     for folder in filter(None, (str(settings.folder), settings.publish)):
         write_report(rows, Path(folder), asked)
     if settings.publish:

@@ -21,7 +21,7 @@ from layers.session import SessionCritic, SessionModel, inner_of, input_of, make
 from slmodels import build
 from train import world
 from train.Arguments import named
-from train.checkpoint import load_model, save_model, sight
+from train.checkpoint import load_model, put_weights, save_model, sight
 from train.utils import get_optim_param, set_optim_param
 
 Tensors = dict[str, Tensor]
@@ -227,7 +227,7 @@ class DDPG_ESMM:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, network in self.networks().items():
-            network.load_state_dict(state["networks"][name])
+            put_weights(network, state["networks"][name])
         for name, tensors in state["optimizers"].items():
             set_optim_param(getattr(self, f"{name}_optimizer"), tensors)
         self.updates = state["updates"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.files import UserError, atomic_file, check_memory
+from dataset.files import UserError, atomic_file, check_memory, open_sealed, seal
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
@@ -75,35 +76,49 @@ class ReplayBuffer:
         return self.size
 
     def save(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Write `.npz`, with what the memory is: data, reward type, actor, ..."""
+        """Write `.npz`, with what the memory is (data, reward type, actor, ...) and its checksum."""
         stored = {name: values[: self.size] for name, values in self.data.items()}
         text = json.dumps({"version": VERSION, "next": self.next, **identity})
-        with atomic_file(path) as partial, open(partial, "wb") as file:
-            np.savez(file, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
+        with atomic_file(path) as partial:
+            with open(partial, "wb") as file:
+                np.savez(file, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
+            seal(partial)
 
     def load(self, path: Path, identity: Mapping[str, Any]) -> None:
         """Read what `save` wrote. Raises UserError where it is damaged or of another identity, saying in what."""
-        try:
-            with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-                saved = json.loads(file["identity"].tobytes())
-                stored = {name: file[name] for name in self.data}
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file: {REMEDY}") from None
-        except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            reason = type(error).__name__
-            raise UserError(f"{path}: not a replay memory that can be read ({reason}): {REMEDY}") from error
+        with open_sealed(path, REMEDY) as file, zipfile.ZipFile(file) as archive:
+            try:
+                saved = json.loads(_array(archive, "identity", np.dtype(np.uint8)).tobytes())
+                stored = {name: _array(archive, name, np.dtype(np.float32)) for name in self.data}
+            except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+                reason = type(error).__name__
+                raise UserError(f"{path}: not a replay memory that can be read ({reason}): {REMEDY}") from error
         saved = saved if isinstance(saved, dict) else {}
         for name, value in {"version": VERSION, **identity}.items():
             if saved.get(name) != value:
                 raise UserError(f"{path}: a memory of another {name.replace('_', ' ')} ({saved.get(name)}, not {value})"
                                 f": {REMEDY}")
-        count = len(stored["done"])
+        count, following = stored["done"].size, saved.get("next")
         for name, values in stored.items():
             if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():
                 raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {REMEDY}")
-        if not 0 < count <= self.max_size:
-            raise UserError(f"{path}: {count} transitions, but the memory holds 1 to {self.max_size}: {REMEDY}")
+        if not 0 < count <= self.max_size or not isinstance(following, int) or not 0 <= following <= count:
+            raise UserError(f"{path}: {count} transitions, the next one at {following!r}, but the memory holds 1 to "
+                            f"{self.max_size}: {REMEDY}")
         for name, values in stored.items():
             self.data[name][:count] = values
-        self.size, self.next = count, int(saved.get("next", 0)) % self.max_size
+        self.size, self.next = count, following % self.max_size
         self.stored += count
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Read an array of a `.npz`. Raises ValueError where it is of another type, or other than its header says: numpy
+    would make room for what the header says first."""
+    raw = archive.read(f"{name}.npy")
+    stream = io.BytesIO(raw)
+    if np.lib.format.read_magic(stream) != (1, 0):
+        raise ValueError(f"{name}: not an array as they are written here")
+    shape, by_column, stored = np.lib.format.read_array_header_1_0(stream)
+    if stored != dtype or by_column:
+        raise ValueError(f"{name}: an array of {stored}")
+    return np.frombuffer(raw, dtype, offset=stream.tell()).reshape(shape)

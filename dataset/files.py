@@ -1,7 +1,8 @@
 """Everything that touches the disk: one-line errors, atomic writing, checked reading.
 
-What is read is checked here, once: a bad cell is named by file, row and column. What is written goes to a temporary
-name (`*.partial`) and is moved into place, so that no reader ever meets half a file. No pickle, anywhere.
+What is read is checked here, once: a bad cell is named by file, row and column; what is put right while reading is
+counted and shown (`repaired`). What is written goes to a temporary name (`*.partial`) and is moved into place, so that
+no reader ever meets half a file; archives of numbers carry their checksum (`seal`). No pickle, anywhere.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pandas as pd
@@ -31,11 +33,20 @@ Kind = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
 Problem = tuple[int, str, str]  # line, column, what is wrong
 
 csv.field_size_limit(2**31 - 1)  # a cell may be long; the default of 128 KiB would hide the error behind it
+BLANKS = " \t\v\f"  # around a number, as pandas leaves them out
+MISSING = ("NULL", "null", "NA", "NaN", "nan")  # an optional id that is not there, in words
+TRUTH_WORDS = ("True", "TRUE", "true", "False", "FALSE", "false")  # pandas would read a column of them as 1 and 0
 MAX_ID = 2**53  # the largest integer up to which a float64, hence "1.44E+12", is exact
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: where it is and what to do. Ends the program with exit code 2."""
+    """A mistake of the user's, told in one line: where it is and what to do. Ends the program with exit code 2.
+
+    What is quoted from a damaged file may hold anything: characters that do not print become question marks.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__("".join(char if char.isprintable() else "?" for char in text))
 
 
 def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
@@ -135,21 +146,102 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def seal(path: Path) -> None:
+    """Write the SHA-256 of a zip archive (`.pt`, `.npz`) into its comment, where it disturbs no reader of zip."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
+        file.write(SEAL_LENGTH.to_bytes(2, "little"))
+        file.seek(0)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.write(SEAL + digest.encode())
+
+
+SEAL = b"sha256:"
+SEAL_LENGTH = len(SEAL) + 64
+
+
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError, naming line and column, where it is none."""
+def repaired(path: Path, count: int, what: str) -> None:
+    """Say what was put right in a file while it was read: nothing is repaired in silence."""
+    if count:
+        print(f"{path}: repaired: {count:,} {what}")
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a text is the name of a file, and of one in the folder that it is looked for in."""
+    return (name not in ("", ".", "..") and name.isprintable() and Path(name).name == name
+            and len(os.fsencode(name)) <= 200)
+
+
+def check_file(path: Path) -> None:
+    """Raise UserError where there is no file, or something else in its place: a folder, a pipe that never ends."""
+    if not os.path.exists(path):  # unlike Path.exists it takes any name
+        raise UserError(f"{path}: no such file")
+    if not path.is_file():
+        raise UserError(f"{path}: not a file")
+
+
+@contextmanager
+def open_sealed(path: Path, remedy: str) -> Iterator[BinaryIO]:
+    """Open an archive that `seal` closed. Raises UserError, which ends in `remedy`, where a single byte has changed.
+
+    An archive whose parts are compressed is refused as well: ours never are, and a small one could fill the memory.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        check_file(path)
+    except UserError as error:
+        raise UserError(f"{error}: {remedy}") from None
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - SEAL_LENGTH))
+        found, start = file.read(), max(0, size - SEAL_LENGTH)
+        if not found.startswith(SEAL):
+            file.seek(0)
+            older = file.read(4) == b"PK\3\4"
+            raise UserError(f"{path}: " + ("without a checksum: damaged, or of an earlier version" if older else
+                                          "not a file that this program wrote") + f": {remedy}")
+        digest, left = hashlib.sha256(), start
+        file.seek(0)
+        while left:
+            block = file.read(min(left, 1 << 20))
+            digest.update(block)
+            left -= len(block)
+        if found != SEAL + digest.hexdigest().encode():
+            raise UserError(f"{path}: damaged: its SHA-256 is not the one that was written into it: {remedy}")
+        try:
+            parts = zipfile.ZipFile(file).infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+            raise UserError(f"{path}: not a file that this program wrote ({error}): {remedy}") from error
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
+            raise UserError(f"{path}: not a file that this program wrote (its parts are compressed): {remedy}")
+        file.seek(0)
+        yield file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises UserError, naming line and column, where it is none; or a key stands there twice."""
+    try:
+        check_file(path)
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, thousands of brackets
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"'{_short(next(name for name in names if names.count(name) > 1))}' stands there twice")
     return value
 
 
@@ -205,6 +297,7 @@ def read_chunks(
     `label` 0 or 1, float32; `number` finite, float64; `text` not empty; `optional_text` empty becomes "".
     Columns in `optional` may be absent from the file. Other columns of the file are not read.
 
+    Repairs, counted and shown: blank lines are left out; `optional_id` takes NULL, NA, nan and blanks for empty.
     Raises UserError naming file, line and column for whatever does not fit.
     """
     header = _read_header(path)
@@ -212,18 +305,21 @@ def read_chunks(
     if missing:
         near = difflib.get_close_matches(missing[0], header, n=1)
         hint = f"; is '{near[0]}' misspelt?" if near else ""
-        raise UserError(f"{path}, line 1: column '{missing[0]}' is missing (there are: {', '.join(header)}){hint}")
+        there = ", ".join(header)
+        raise UserError(f"{path}, line 1: column '{missing[0]}' is missing (there are: "
+                        f"{there if len(there) <= 400 else there[:397] + '...'}){hint}")
     kinds = {name: kind for name, kind in columns.items() if name in header}
-    numbers = [name for name, kind in kinds.items() if kind in ("id", "optional_id", "label", "number")]
+    numbers = [name for name, kind in kinds.items() if kind in ("id", "label", "number")]
+    texts = [name for name in kinds if name not in numbers]
     options: dict[str, Any] = {
         # Every column is parsed, also those nobody asked for: a row with too many cells must not shift unnoticed.
-        "dtype": {name: "float64" if name in numbers else object if name in kinds else "category" for name in header},
-        "na_values": {name: ["", "nan", "NaN", "NULL", "null", "NA"] for name in numbers},
+        "dtype": {name: "float64" if name in numbers else object if name in texts else "category" for name in header},
+        "na_values": {name: ["", *MISSING, *TRUTH_WORDS] for name in numbers},
         "keep_default_na": False,
         "index_col": False,
         "encoding": "utf-8-sig",
     }
-    rows = 0
+    rows = words = 0
     try:
         with pd.read_csv(path, chunksize=chunk_rows or sys.maxsize, **options) as reader:
             while (chunk := _next_chunk(reader)) is not None:
@@ -231,13 +327,18 @@ def read_chunks(
                 checked = _checked(chunk, kinds)
                 if checked is None:
                     raise _explained(path, header, kinds)
+                words += sum(int((checked[name].isna() & (chunk[name] != "")).sum())
+                             for name, kind in kinds.items() if kind == "optional_id")
                 yield checked
-        if _has_short_row(path, rows, len(header)):
+        blank_lines = _blank_lines(path, rows, len(header))
+        if blank_lines is None:
             raise _explained(path, header, kinds)
     except UserError:
         raise
     except (ValueError, OverflowError, OSError, EOFError, zlib.error, csv.Error, pd.errors.ParserWarning) as error:
         raise _explained(path, header, kinds, error) from error
+    repaired(path, blank_lines, "blank lines left out")
+    repaired(path, words, "cells taken for empty that say NULL, NA or nan, or are blank")
 
 
 def _next_chunk(reader: Any) -> pd.DataFrame | None:
@@ -246,18 +347,45 @@ def _next_chunk(reader: Any) -> pd.DataFrame | None:
         return next(reader, None)
 
 
-def _has_short_row(path: Path, rows: int, cells: int) -> bool:
-    """Say whether a row ends early, which pandas fills up in silence. Longer rows were refused, so commas tell."""
-    commas = 0
+def _blank_lines(path: Path, rows: int, cells: int) -> int | None:
+    """Look at the bytes once more: how many lines are blank; None where a row ends early, which pandas fills up in
+    silence, or a byte is NUL. Longer rows were refused, so commas tell."""
+    commas = lines = 0
+    quoted, last = False, b"\n"
     with _open(path, "rb") as file:
         while block := file.read(1 << 24):
-            if b'"' in block:
-                break
+            if b"\0" in block:
+                return None
+            quoted = quoted or b'"' in block
             commas += block.count(b",")
-        else:
-            return commas != (rows + 1) * (cells - 1)
+            lines += block.count(b"\n") + block.count(b"\r") - block.count(b"\r\n")
+            lines -= last == b"\r" and block[:1] == b"\n"
+            last = block[-1:]
+    if not quoted:
+        return lines + (last not in b"\r\n") - (rows + 1) if commas == (rows + 1) * (cells - 1) else None
+    blank = 0
     with _open(path, "rt") as file:  # commas inside quotes: count cells instead
-        return any(row and len(row) != cells for row in csv.reader(file))
+        for _, row in _rows(file):
+            if not row:
+                blank += 1
+            elif len(row) != cells:
+                return None
+    return blank
+
+
+def _rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each row begins, and its cells; none where the line is blank, which pandas leaves out."""
+    raw = ""
+
+    def lines() -> Iterator[str]:
+        nonlocal raw
+        for raw in file:  # noqa: UP028 -- what the row was made of is looked at below
+            yield raw
+
+    reader, end = csv.reader(lines()), 0
+    for row in reader:
+        line, end = end + 1, reader.line_num
+        yield line, row if len(row) != 1 or '"' in raw or row[0].strip(" \t") else []
 
 
 def _open(path: Path, mode: Literal["rb", "rt"]) -> Any:
@@ -266,43 +394,72 @@ def _open(path: Path, mode: Literal["rb", "rt"]) -> Any:
 
 
 def _read_header(path: Path) -> list[str]:
+    check_file(path)
     try:
         with _open(path, "rt") as file:
-            header = next(csv.reader(file), [])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8 CSV") from None
+            rows = _rows(file)
+            _, header = next(rows, (1, []))
+            line, first = next((one for one in rows if one[1]), (1, header))
+    except UnicodeDecodeError:
+        raise _not_text(path) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not any(header):
         raise UserError(f"{path}: the file is empty: a CSV header is expected in line 1")
     twice = [name for name in header if header.count(name) > 1]
     if twice:
-        raise UserError(f"{path}, line 1: column '{twice[0]}' stands there {header.count(twice[0])} times")
+        raise UserError(f"{path}, line 1: column '{_short(twice[0])}' stands there {header.count(twice[0])} times")
+    if any("\0" in name for name in header):
+        raise UserError(f"{path}, line 1: NUL bytes: damaged, or not UTF-8 text: save it as UTF-8 CSV")
+    if len(first) > len(header):  # which pandas would take for the width of all, and cut off what is too much
+        raise UserError(f"{path}, line {line}, column '{_short(header[-1])}': {_too_long(first, header)}")
     return header
+
+
+def _too_long(row: list[str], header: list[str]) -> str:
+    return f"{len(row)} cells, but the header has {len(header)}"
+
+
+def _not_text(path: Path) -> UserError:
+    """Say where the first byte is that is not UTF-8."""
+    header: list[str] = []
+    with _open(path, "rb") as file:
+        if file.read(2) == b"\x1f\x8b":
+            return UserError(f"{path}: not UTF-8 text but gzip: name it {path.name}.gz, or unpack it")
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                header = header or next(csv.reader([line.decode("utf-8-sig")]), [])
+                line.decode()
+            except UnicodeDecodeError as bad:
+                before = next(csv.reader([line[: bad.start].decode()]), [""])
+                column = f", column '{header[len(before) - 1]:.40}'" if 0 < len(before) <= len(header) else ""
+                return UserError(f"{path}, line {number}{column}: not UTF-8 text ({bad.reason}): save it as UTF-8 CSV")
+    return UserError(f"{path}: not UTF-8 text: save it as UTF-8 CSV")
 
 
 def _checked(chunk: pd.DataFrame, kinds: Mapping[str, Kind]) -> pd.DataFrame | None:
     """Give each column its final type; None where a cell does not fit its kind."""
     done: dict[str, Any] = {}
     for name, kind in kinds.items():
+        if kind == "optional_id":
+            codes, cells = pd.factorize(chunk[name].to_numpy())
+            if any(_problem(cell, kind) for cell in cells):
+                return None
+            done[name] = np.array([np.nan if _is_missing(cell) else float(cell) for cell in cells])[codes]
+            continue
         values = chunk[name].to_numpy()
         if kind in ("text", "optional_text"):
             if kind == "text" and (values == "").any():
                 return None
             done[name] = values
             continue
-        finite = np.isfinite(values)
-        if kind == "optional_id":
-            finite |= np.isnan(values)
-        if not finite.all():
+        if not np.isfinite(values).all():
             return None
-        if kind in ("id", "optional_id"):
-            known = values[~np.isnan(values)]
-            if (known != np.floor(known)).any() or (np.abs(known) >= MAX_ID).any():
+        if kind == "id":
+            if (values != np.floor(values)).any() or (np.abs(values) >= MAX_ID).any():
                 return None
-            done[name] = values.astype(np.int64) if kind == "id" else values
+            done[name] = values.astype(np.int64)
         elif kind == "label":
             if not np.isin(values, (0.0, 1.0)).all():
                 return None
@@ -315,42 +472,47 @@ def _checked(chunk: pd.DataFrame, kinds: Mapping[str, Kind]) -> pd.DataFrame | N
 def _explained(path: Path, header: list[str], kinds: Mapping[str, Kind], error: Exception | None = None) -> UserError:
     """Read the file again, slowly, to say which line and column is wrong."""
     try:
-        problem = _first_problem(path, header, kinds)
-    except UnicodeDecodeError as bad:
-        return UserError(f"{path}: not UTF-8 text ({bad.reason}): save it as UTF-8 CSV")
+        line, column, what = _first_problem(path, header, kinds)
+    except UnicodeDecodeError:
+        return _not_text(path)
     except (OSError, EOFError, zlib.error, csv.Error) as bad:
         return UserError(f"{path}: damaged or cut short: {getattr(bad, 'strerror', None) or bad}")
-    if problem is None:
-        return UserError(f"{path}: cannot be read as CSV: {' '.join(str(error).split())}")
-    line, column, what = problem
-    return UserError(f"{path}, line {line}, column '{column}': {what}")
+    if what:
+        return UserError(f"{path}, line {line}, column '{_short(column)}': {what}")
+    if "EOF inside string" in str(error):
+        return UserError(f"{path}, line {line}, column '{_short(column)}': cannot be read as CSV: a quote that is "
+                         "opened there never ends")
+    return UserError(f"{path}, line {line}: cannot be read as CSV: {error}")
 
 
-def _first_problem(path: Path, header: list[str], kinds: Mapping[str, Kind]) -> Problem | None:
+def _first_problem(path: Path, header: list[str], kinds: Mapping[str, Kind]) -> Problem:
+    """The line on which the first bad row begins, the column, and what is wrong; "" where nothing is, of the last."""
+    line, row = 1, header
     with _open(path, "rt") as file:
-        reader = csv.reader(file)
-        next(reader)
-        for row in reader:
+        rows = _rows(file)
+        next(rows)
+        for line, row in rows:
             if not row:
                 continue
             if len(row) > len(header):
-                return reader.line_num, header[-1], f"{len(row)} cells, but the header has {len(header)}"
+                return line, header[-1], _too_long(row, header)
             if len(row) < len(header):
                 what = f"the row ends after {len(row)} of {len(header)} cells: is the file cut short?"
-                return reader.line_num, header[len(row)], what
-            for name, kind in kinds.items():
-                what = _problem(row[header.index(name)].strip(" \t"), kind)
+                return line, header[len(row)], what
+            for name, cell in zip(header, row, strict=True):
+                what = "holds NUL bytes: the file is damaged" if "\0" in cell else _problem(cell, kinds.get(name))
                 if what:
-                    return reader.line_num, name, what
-    return None
+                    return line, name, what
+    return line, header[max(0, len(row) - 1)], ""
 
 
-def _problem(cell: str, kind: Kind) -> str:
+def _problem(cell: str, kind: Kind | None) -> str:
     """Say what keeps one cell from being of its kind; "" where nothing does."""
-    if kind == "optional_text" or (kind == "optional_id" and not cell):
+    if kind in (None, "optional_text") or (kind == "optional_id" and _is_missing(cell)):
         return ""
     if kind == "text":
         return "" if cell else "is empty"
+    cell = cell.strip(BLANKS)
     if not cell:
         return "is empty: give a number" if kind != "label" else "is empty: a label is 0 or 1"
     try:
@@ -368,6 +530,10 @@ def _problem(cell: str, kind: Kind) -> str:
         if abs(value) >= MAX_ID:
             return f"'{_short(cell)}' is too large for an id (2^53 and more)"
     return ""
+
+
+def _is_missing(cell: str) -> bool:
+    return cell.strip(BLANKS) in ("", *MISSING)
 
 
 def _short(cell: str) -> str:

@@ -47,7 +47,8 @@ def read(raw: Path, session_gap: float, min_session: int) -> Tables:
     user_table, user_account = _side(users, "user_id", "userid", USER_FIELDS, np.unique(table["userid"]), "users")
     video_table, video_account = _side(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION),
                                        np.unique(table["itemid"]), "videos")
-    video_table[DURATION] = _powers_of_two(video_table[DURATION])
+    video_table[DURATION], unknown = _powers_of_two(video_table[DURATION])
+    video_account.append(Line(f"{DURATION} that is no number of 0 or more: left empty", unknown))
     video_table.insert(1, "video_id", video_table["itemid"].astype(str))  # the video itself is a field as well
     return Tables(
         source="KuaiRand", rows=table, cuts=cuts, boundary=int(table["timestamp"].iloc[cuts[1]:cuts[2]].min()),
@@ -137,10 +138,11 @@ def _side(paths: list[Path], key: str, name: str, fields: tuple[str, ...], met: 
     return table.rename_axis(name).reset_index(), account
 
 
-def _powers_of_two(milliseconds: pd.Series) -> pd.Series:
-    """Durations as the largest power of two in their seconds: "16" for 16 to 31 s; what is no number stays empty."""
+def _powers_of_two(milliseconds: pd.Series) -> tuple[pd.Series, int]:
+    """Durations as the largest power of two in their seconds: "16" for 16 to 31 s; what is no number, or below 0, or
+    longer than a year, becomes empty. And how many of these said something."""
     seconds = pd.to_numeric(milliseconds, errors="coerce").to_numpy(np.float64) / 1000.0
-    with np.errstate(invalid="ignore"):
-        power = np.exp2(np.floor(np.log2(np.maximum(seconds, 1.0))))
-    return pd.Series(np.where(np.isnan(power), "", np.char.mod("%d", np.nan_to_num(power))), index=milliseconds.index,
-                     dtype=object)
+    known = (seconds >= 0) & (seconds <= 366 * 24 * 3600)
+    power = np.exp2(np.floor(np.log2(np.maximum(np.where(known, seconds, 0.0), 1.0))))
+    texts = pd.Series(np.where(known, np.char.mod("%d", power), ""), index=milliseconds.index, dtype=object)
+    return texts, int((~known & (milliseconds != "").to_numpy()).sum())

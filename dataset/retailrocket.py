@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from dataset.files import Kind, UserError, read_json, read_table
 from dataset.mdp import NEVER, Line, SideTable, Tables, find, read_with_progress
-from dataset.simulate import TRUTH_KINDS
+from dataset.simulate import Size, read_truth, size_of
 
 EVENTS = ("view", "addtocart", "transaction")
 PROPERTIES = ("785", "591", "814", "available", "categoryid", "364", "776")
@@ -53,14 +54,18 @@ def read(raw: Path, session_gap: float, min_session: int) -> Tables:
     account += item_account
     if tree_file is not None:
         account += _tree_account(tree_file, items)
-    simulated = (raw / "simulation.json").exists()
+    settings, truth_file = raw / "simulation.json", raw / "truth.csv"
+    simulation = read_json(settings) if os.path.lexists(settings) else None
+    size = size_of(simulation, settings) if simulation is not None else None
+    if size is None and truth_file.exists():
+        raise UserError(f"{truth_file}: truth of a simulated log, but there is no simulation.json: remove the file")
     return Tables(
-        source="RetailRocket, simulated" if simulated else "RetailRocket",
+        source="RetailRocket, simulated" if size else "RetailRocket",
         rows=table, cuts=cuts, boundary=boundary, account=account,
         inputs=[event_file, *property_files, *([tree_file] if tree_file else [])],
         sides={"item_feadf.csv": SideTable("itemid", items)}, context=[], long_tailed=list(LONG_TAILED),
-        tasks=list(TASKS), simulation=read_json(raw / "simulation.json") if simulated else None,
-        truth=_aligned_truth(raw / "truth.csv", table) if (raw / "truth.csv").exists() and not session_gap else None)
+        tasks=list(TASKS), simulation=simulation,
+        truth=_aligned_truth(truth_file, table, size) if size and truth_file.exists() and not session_gap else None)
 
 
 def _read_events(path: Path) -> pd.DataFrame:
@@ -201,10 +206,15 @@ def _tree_account(path: Path, items: pd.DataFrame) -> list[Line]:
     ]
 
 
-def _aligned_truth(path: Path, table: pd.DataFrame) -> pd.DataFrame:
+def _aligned_truth(path: Path, table: pd.DataFrame, size: Size) -> pd.DataFrame:
     """The simulator's probabilities of the kept rows, in the order of the tables (train, val, test)."""
-    truth = read_table(path, TRUTH_KINDS).rename(columns={"visitorid": "sessionid"})
+    truth = read_truth(path, size).rename(columns={"visitorid": "sessionid"})
     keys = ["timestamp", "sessionid", "itemid"]
+    twice = truth.duplicated(keys).to_numpy()
+    if twice.any():
+        row = int(twice.argmax())
+        raise UserError(f"{path}, row {row + 1} (about line {row + 2}), column 'itemid': {truth['itemid'][row]} stands "
+                        f"there twice for visitor {truth['sessionid'][row]} at that time: remove the file")
     aligned = table[keys].merge(truth, on=keys, how="left", validate="one_to_one")
     if aligned["p_click"].isna().any():
         row = int(aligned["p_click"].isna().to_numpy().argmax())

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +24,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset.files import Kind, UserError, check_memory, count_lines, read_json, read_table, sha256
+from dataset.files import (
+    Kind,
+    UserError,
+    check_file,
+    check_memory,
+    count_lines,
+    is_file_name,
+    read_json,
+    read_table,
+    repaired,
+    sha256,
+)
 from dataset.mdp import SPLITS, SideTable
 from dataset.retailrocket import LONG_TAILED, PROPERTIES, TASKS
-from dataset.simulate import TRUTH_KINDS
+from dataset.simulate import read_truth, size_of
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -32,6 +46,7 @@ Numerical = Literal["session", "none"]
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
 
 NUMERICAL = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
+_MEANING = ("categorical", "tables", "context", "long_tailed", "tasks")  # of a manifest: what the columns are
 BYTES_A_ROW = 256  # at the most, while tables become arrays (measured by `bench.scale`)
 _PUBLISHED: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
@@ -281,7 +296,7 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one of your own files")
-    prepared = (path / "manifest.json").exists()
+    prepared = os.path.lexists(path / "manifest.json")
     manifest = _read_manifest(path / "manifest.json") if prepared else dict(_PUBLISHED)
     layout = manifest["tables"]
     files = [*(f"{name}.csv" for name in SPLITS), *layout]
@@ -289,12 +304,15 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "anew with python3 -m dataset.prepare")
+    for name in files:
+        check_file(path / name)
     rows = sum(count_lines(path / f"{name}.csv") for name in SPLITS)
     check_memory(rows * BYTES_A_ROW, f"{path}: {rows:,} rows")
     if prepared:
         _check_files(path, files, manifest)
     outputs = manifest["outputs"] if prepared else {name: sha256(path / name) for name in files}
-    fingerprint = hashlib.sha256("".join(outputs[name] for name in files).encode()).hexdigest()[:16]
+    meaning = json.dumps([manifest[key] for key in _MEANING], sort_keys=True)
+    fingerprint = hashlib.sha256(("".join(outputs[name] for name in files) + meaning).encode()).hexdigest()[:16]
 
     names = [str(name) for name in manifest["categorical"]]
     labels = [str(task["label"]) for task in manifest["tasks"]]
@@ -304,7 +322,11 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
         shared = np.intersect1d(tables[one]["sessionid"], tables[two]["sessionid"])
         if len(shared) and prepared:
             raise UserError(f"{path / two}.csv: session {shared[0]} is in {one}.csv too: splits share no sessions")
-    truth = _read_truth(path / "truth.csv", tables) if "truth.csv" in outputs else {}
+    truth = _read_truth(path / "truth.csv", tables, manifest) if "truth.csv" in outputs else {}
+    for name, table in tables.items():
+        _show_repairs(path / f"{name}.csv", table, labels)
+    for (name, _), (_, side) in zip(layout.items(), sides, strict=True):
+        _show_spellings(path / name, side)
     history = history_so_far(tables, manifest["history"], labels) if manifest["history"] else {}
     splits = {name: RetailRocketRLDataset(tables[name], sides, names, labels, numerical, truth.get(name),
                                           history.get(name)) for name in SPLITS}
@@ -312,16 +334,21 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:
+    """Read and check a manifest: whatever it says is used, or is refused here. Raises UserError."""
     manifest = read_json(file)
     shape: Mapping[str, type] = {"outputs": dict, "categorical": list, "long_tailed": list, "tasks": list}
     for key, kind in shape.items():
         if not isinstance(manifest.get(key), kind):
             raise UserError(f"{file}: '{key}' is missing or of the wrong kind: run python3 -m dataset.prepare again")
-    if not all(isinstance(task, dict) and {"name", "label"} <= set(task) for task in manifest["tasks"]):
-        raise UserError(f"{file}: 'tasks' is a list of objects with a name and a label")
+    if manifest.get("format", 1) != 1:
+        raise UserError(f"{file}: 'format' is {manifest['format']!r:.40}, this version reads 1: run python3 -m "
+                        "dataset.prepare again")
     manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
                 "history": "", **manifest}  # as all manifests were before there were several tables
-    tables, context, history = manifest["tables"], manifest["context"], manifest["history"]
+    tables, context, tasks, history = (manifest[key] for key in ("tables", "context", "tasks", "history"))
+    if len(tasks) != 2 or not all(isinstance(task, dict) and _is_name(task.get("name")) and _is_name(task.get("label"))
+                                  for task in tasks):
+        raise UserError(f"{file}: 'tasks' is a list of two objects with a name and a label: letters, digits and _ - .")
     if not isinstance(context, list) or not isinstance(tables, dict) or not all(
             isinstance(one, dict) and isinstance(one.get("key"), str) and isinstance(one.get("fields"), list)
             for one in tables.values()):
@@ -329,11 +356,45 @@ def _read_manifest(file: Path) -> dict[str, Any]:
                         "list of fields")
     if history not in ("", *(one["key"] for one in tables.values())):
         raise UserError(f"{file}: 'history' is the key of one of the tables, not {history!r}")
+    for key in ("outputs", "tables"):
+        for name in manifest[key]:
+            _check_name(file, key, name)
     described = [*context, *(name for one in tables.values() for name in one["fields"])]
-    lost = [name for name in manifest["categorical"] if name not in described]
+    categorical = manifest["categorical"]
+    if not categorical or not all(isinstance(name, str) for name in (*described, *categorical)):
+        raise UserError(f"{file}: 'categorical' and the fields of 'tables' and 'context' are lists of names")
+    lost = [name for name in categorical if name not in described]
     if lost:
         raise UserError(f"{file}: field '{lost[0]}' of 'categorical' is in no table and not in 'context'")
+    strange = [name for name in manifest["long_tailed"] if name not in categorical]
+    if strange:
+        raise UserError(f"{file}: '{strange[0]}' of 'long_tailed' is no field of 'categorical'")
+    labels = [task["label"] for task in tasks]
+    columns = ["timestamp", "sessionid", "visitorid", *context, *labels, *(f"{label}_time" for label in labels),
+               *{one["key"] for one in tables.values()}]
+    for names in (categorical, described, columns, [task["name"] for task in tasks]):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"{file}: '{twice[0]}' stands for two things: fields, keys, labels and names of tasks "
+                            "differ from each other")
+    if "truth.csv" in manifest["outputs"]:
+        size_of(manifest.get("simulation"), file)
     return manifest
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a name can head a column and stand beside a curve."""
+    return isinstance(value, str) and re.fullmatch(r"[\w][\w .-]{0,63}", value) is not None
+
+
+def _check_name(file: Path, key: str, name: str) -> None:
+    """Raise UserError where a name of the manifest `file` is not that of a file in its folder."""
+    if not is_file_name(name):
+        raise UserError(f"{file}: '{name:.60}' of '{key}' is not a file name: what it lists lies in the manifest's own "
+                        "folder")
+    if Path(os.path.realpath(file.parent)) not in Path(os.path.realpath(file.parent / name)).parents:
+        raise UserError(f"{file}: '{name:.60}' of '{key}' is a link that leaves the manifest's own folder: put the "
+                        "file itself there")
 
 
 def _check_files(path: Path, files: list[str], manifest: dict[str, Any]) -> None:
@@ -342,14 +403,14 @@ def _check_files(path: Path, files: list[str], manifest: dict[str, Any]) -> None
         if name not in manifest["outputs"]:
             raise UserError(f"{file}: 'outputs' does not list {name}: run python3 -m dataset.prepare again")
     for name, digest in manifest["outputs"].items():
-        if Path(name).name != name:
-            raise UserError(f"{file}: '{name}' is not a file name: outputs lie in the manifest's own folder")
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} missing: put the file back, or make the folder anew with "
                             "python3 -m dataset.prepare")
         if sha256(path / name) != digest:
             if name.removesuffix(".csv") in SPLITS:  # a bad cell or column says more than that the file has changed
                 _read_split(path / name, manifest)
+            if name in manifest["tables"]:
+                _read_side(path / name, manifest["tables"][name]["key"], manifest["tables"][name]["fields"])
             raise UserError(f"{path / name}: not the file that dataset.prepare wrote (its SHA-256 differs from "
                             "manifest.json): was it edited or cut short? Prepare the folder again")
 
@@ -381,12 +442,43 @@ def _read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
     return table
 
 
-def _read_truth(path: Path, tables: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    truth = read_table(path, TRUTH_KINDS, optional=["visitorid"])
+def _read_truth(path: Path, tables: dict[str, pd.DataFrame], manifest: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
+    truth = read_truth(path, size_of(manifest["simulation"], path.parent / "manifest.json"), optional=["visitorid"])
     if len(truth) != sum(map(len, tables.values())):
         raise UserError(f"{path}: {len(truth)} rows, but the tables have {sum(map(len, tables.values()))}")
+    for name in ("timestamp", "itemid"):
+        other = truth[name].to_numpy() != np.concatenate([tables[split][name] for split in SPLITS])
+        if other.any():
+            row = int(other.argmax())
+            raise UserError(f"{path}, row {row + 1} (about line {row + 2}), column '{name}': {truth[name][row]} is not "
+                            "what the tables have in that row")
     ends = np.cumsum([len(tables[name]) for name in SPLITS])
     return {name: truth.iloc[end - len(tables[name]):end] for name, end in zip(SPLITS, ends, strict=True)}
+
+
+def _show_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> None:
+    """Count and show what becomes of rows that contradict themselves; the files of `dataset.prepare` have none."""
+    order = _session_order(table)
+    repaired(path, int((order != np.arange(len(order))).sum()), "rows put into the order of session and time")
+    shown = table["timestamp"].to_numpy()
+    for label in labels:
+        if f"{label}_time" not in table:
+            continue
+        when, happened = table[f"{label}_time"].to_numpy(), table[label].to_numpy() > 0
+        repaired(path, int((happened & (when < shown)).sum()),
+                 f"times in column '{label}_time' before their own row: taken for the row's")
+        repaired(path, int((happened & np.isnan(when)).sum()),
+                 f"times in column '{label}_time' missing: taken for the row's")
+        repaired(path, int((~happened & ~np.isnan(when)).sum()),
+                 f"times in column '{label}_time' of what did not happen ('{label}' is 0): left out")
+
+
+def _show_spellings(path: Path, side: pd.DataFrame) -> None:
+    """Count and show the values that `_normal` spells otherwise."""
+    for name in side.columns[1:]:
+        values, count = np.unique(side[name].to_numpy().astype(str), return_counts=True)
+        changed = sum(int(n) for value, n in zip(values, count, strict=True) if _normal(value) != value)
+        repaired(path, changed, f"values in column '{name}' without their blanks or the .0 of a whole number")
 
 
 def _session_order(table: pd.DataFrame) -> Ids:

@@ -22,14 +22,16 @@ later reward. Appeal and worth are sums over the item's property values as they 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, atomic_folder, exit_on_user_error, write_json
+from dataset.files import Kind, UserError, atomic_folder, exit_on_user_error, read_table, write_json
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -56,6 +58,7 @@ PROPERTIES: dict[str, tuple[int, float, float]] = {
     "364": (0, 0.0, 0.0),
     "776": (0, 0.0, 0.0),
 }
+MOST = 1_000_000_000
 UNAVAILABLE = -2.5  # on worth, where available is 0
 # Columns of truth.csv, one row an impression: p_click and p_pay, and the visitor's hidden state before it.
 TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
@@ -76,6 +79,8 @@ class Size:
     def __post_init__(self) -> None:
         if self.events < 100 or self.items < 50 or self.property_rows < 0 or self.seed < 0:
             raise UserError("simulate: at least 100 events, 50 items, 0 property rows and seed 0 are needed")
+        if max(self.events, self.items, self.property_rows) > MOST or self.seed >= 2**63:
+            raise UserError(f"simulate: at most {MOST:,} events, items and property rows, and a seed below 2^63")
 
 
 @dataclass
@@ -114,7 +119,7 @@ class Shop:
     def __init__(self, size: Size) -> None:
         self.size = size
         rng = np.random.default_rng([size.seed, 1])
-        self.categories = max(20, min(1_200, size.items // 100))
+        self.categories = categories_of(size)
         tail = max(50, size.items // 15)
         # Category by category, each with its popular items first in the cumulative weights.
         self.category = np.sort(_zipf(rng, self.categories, size.items, 0.9))  # (I,)
@@ -208,6 +213,35 @@ def simulate(out: Path, size: Size) -> None:
         write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
 
 
+def size_of(simulation: Any, file: Path) -> Size:
+    """The settings of a simulated log, of which `file` says that they are `simulation`. Raises UserError."""
+    names = Size.__dataclass_fields__
+    if not isinstance(simulation, dict) or any(type(simulation.get(name)) is not int for name in names):
+        raise UserError(f"{file}: not the settings of a simulated log: {', '.join(names)}, whole numbers each")
+    try:
+        return Size(**{name: simulation[name] for name in names})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def read_truth(path: Path, size: Size, optional: Sequence[str] = ()) -> pd.DataFrame:
+    """Read truth.csv of a log of that size. Raises UserError naming line and column where a value cannot be."""
+    truth = read_table(path, TRUTH_KINDS, optional)
+    rows = {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
+            "category": (0, categories_of(size) - 1), "position": (1, LONGEST), "itemid": (1, 2 * size.items)}
+    for name, (low, high) in rows.items():
+        bad = ~truth[name].between(low, high).to_numpy()
+        if bad.any():
+            row = int(bad.argmax())
+            raise UserError(f"{path}, row {row + 1} (about line {row + 2}), column '{name}': {truth[name][row]} is not "
+                            f"between {low:g} and {high:g}")
+    return truth
+
+
+def categories_of(size: Size) -> int:
+    return max(20, min(1_200, size.items // 100))
+
+
 def expected_return(size: Size, truth: pd.DataFrame, gamma: float, rollouts: int = 64) -> Floats:
     """The true expected discounted return of ideal predictions in the rows `truth` (n,): (n, 2), clicks and purchases.
 
@@ -217,7 +251,9 @@ def expected_return(size: Size, truth: pd.DataFrame, gamma: float, rollouts: int
     """
     shop = Shop(size)
     rng = np.random.default_rng([size.seed, 4])
-    number = pd.Series(np.arange(size.items), index=shop.item_ids)[truth["itemid"]].to_numpy()
+    number = pd.Index(shop.item_ids).get_indexer(pd.Index(truth["itemid"]))
+    if (number < 0).any():
+        raise UserError(f"truth.csv: item {truth['itemid'].to_numpy()[number < 0][0]} is none of the simulated shop")
     rows = np.tile(np.arange(len(truth)), rollouts)
     columns = {name: truth[name].to_numpy()[rows] for name in ("category", "mood", "intent", "position", "timestamp")}
     visitors = Visitors(rows, columns["category"], columns["mood"], columns["intent"], columns["position"],

@@ -7,6 +7,7 @@ are Holm's, which bound the chance of any false alarm in the table.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,13 +19,38 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from dataset.files import UserError, write_text
+from train.checkpoint import read_rows
 from train.plots import save_figure
 
 Pair = tuple[str, str, str]  # model, arm, control
 LEVEL = 0.05
+COLUMNS = ("dataset", "table", "model", "arm", "control", "critics", "seed", "epoch", "epochs", "fingerprint",
+           "machine", "seconds", "command")  # and what was measured
+NUMBERS = ("seed", "epoch", "epochs", "seconds")
+MEASURED = ("auc_", "logloss_", "session_logloss_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
 MARKS = "<!-- results, written by experiments.py -->", "<!-- end of results -->"
 FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
+
+
+def read_results(path: Path) -> list[dict[str, str]]:
+    """The rows of results.csv. Raises UserError naming line and column where something is missing or no number."""
+    rows = read_rows(path, COLUMNS)
+    for number, row in enumerate(rows, start=2):
+        for column, cell in row.items():
+            if (column in NUMBERS or column.startswith(MEASURED)) and not _fits(cell, column):
+                raise UserError(f"{path}, line {number}, column '{column}': '{cell[:40]}' is not a number")
+    return rows
+
+
+def _fits(cell: str, column: str) -> bool:
+    """Whether a cell can be this column's: a finite number; an AUC may be nan, and what was not measured empty."""
+    if not cell or column == "seed":
+        return column not in NUMBERS or cell.isdecimal()
+    try:
+        return math.isfinite(float(cell)) or (cell == "nan" and "auc_" in column)
+    except ValueError:
+        return False
 
 
 class Difference(NamedTuple):

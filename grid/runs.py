@@ -24,6 +24,7 @@ import RLmain
 import SLmain
 from dataset.files import UserError, read_json
 from grid.arms import GridArguments, Key, Run, arms
+from grid.report import read_results
 from train.Arguments import RLArguments, SLArguments, command_of
 from train.checkpoint import read_rows, write_rows
 from train.run import get_dataset
@@ -159,7 +160,7 @@ def _left(runs: Mapping[Key, Run], finished: set[Key], settings: GridArguments) 
 def _finished(path: Path, settings: GridArguments, runs: Mapping[Key, Run],
               prints: Mapping[str, str]) -> dict[Key, Row]:
     """The rows of results that are there: those of this grid, on these data, by the very commands it would run."""
-    rows = read_rows(path) if path.exists() else []
+    rows = read_results(path) if path.exists() else []
     found = {}
     for row in rows:
         key = row["dataset"], row["model"], row["arm"], int(row["seed"])

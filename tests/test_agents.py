@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import gc
 import importlib
-import io
-import json
 import pickle
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from agents import AGENTS, DDPG_ESMM, DDPG_ESMM_BC, DDPG_ESMM_multiweight, ReplayBuffer
 from agents.DDPG_ESMM import NOISE_CLIP, Tensors
-from dataset.files import UserError
+from dataset.files import SEAL_LENGTH, UserError
 from dataset.rtrl import RetailRocketRLDataset
 from env import MTEnv, RewardType, reward_of
 from layers import CriticNeg
@@ -207,10 +206,24 @@ def test_a_memory_with_numbers_that_are_not_finite_is_refused(tmp_path: Path, na
 
 def saved_bytes() -> bytes:
     """A memory as a file."""
-    text, out = json.dumps({"version": 1, "next": 6, **MEMORY}), io.BytesIO()
-    stored = {name: value[:6] for name, value in buffer(filled=6).data.items()}
-    np.savez(out, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
-    return out.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        buffer(filled=6).save(Path(folder) / "memory.npz", MEMORY)
+        return (Path(folder) / "memory.npz").read_bytes()
+
+
+@pytest.mark.parametrize("following", ["3", None, -1, 7, 1.5], ids=str)
+def test_a_memory_that_goes_on_nowhere_is_refused(tmp_path: Path, following: Any) -> None:
+    memory = buffer(filled=6)
+    memory.next = following
+    memory.save(tmp_path / "memory.npz", MEMORY)
+    assert "the next one at" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
+
+
+def test_a_memory_without_a_checksum_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    whole = saved_bytes()
+    (tmp_path / "old.npz").write_bytes(whole[:-SEAL_LENGTH - 2] + bytes(2))
+    text = complaint(lambda: buffer().load(tmp_path / "old.npz", MEMORY))
+    assert "of an earlier version: run RLmain.py with --refill" in text
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.98])

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from grid.arms import TABLES, GridArguments, Run, _needs, arms
-from grid.report import MARKS, difference, holm, put_into_readme, write_report
+from grid.report import MARKS, difference, holm, put_into_readme, read_results, write_report
 from grid.runs import _finished, _left
 from train.Arguments import RLArguments, SLArguments, command_of, parse
-from train.checkpoint import read_rows
+from train.checkpoint import write_rows
 
 Row = dict[str, str]
 
@@ -127,7 +127,8 @@ def made_up(gain: float, noise: float) -> list[Row]:
                                      ("shuffled", "constant", 0.002), ("RMTL", "constant", 0.002 + gain)):
             weighted = arm in ("RMTL", "shuffled")
             row = {"dataset": "made", "table": "main", "model": "esmm", "arm": arm, "control": control,
-                   "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "seconds": "1.0",
+                   "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "epochs": "1",
+                   "seconds": "1.0", "command": "c",
                    "fingerprint": "f", "machine": "m"}
             for task in ("CTR", "CTCVR"):
                 row |= {f"auc_{task}": str(start + better + noise * rng.standard_normal()), f"logloss_{task}": "0.5",
@@ -173,7 +174,7 @@ def test_results_go_between_the_marks_of_a_readme(tmp_path: Path) -> None:
 def test_what_the_readme_says_is_what_the_results_say(tmp_path: Path) -> None:
     """README and report are those that results.csv gives."""
     published = REPOSITORY / "docs" / "results"
-    rows = read_rows(published / "results.csv")
+    rows = read_results(published / "results.csv")
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     (asked,) = re.findall(r"^    (python3 experiments.py .*)$", readme.split(MARKS[0])[1], re.MULTILINE)
     shutil.copy(REPOSITORY / "README.md", tmp_path)
@@ -190,6 +191,19 @@ def test_a_report_of_runs_that_are_not_all_there(tmp_path: Path) -> None:
         write_report(rows[:count], tmp_path, "python3 experiments.py")
         complete = {"RMTL", "shuffled", "constant", "baseline"} <= {row["arm"] for row in rows[:count]}
         assert ("all there yet" in (tmp_path / "report.md").read_text()) != complete
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    (",seed,", ",sead,", "column 'seed' is missing"), ("esmm", "es,mm", "cells, but the header has"),
+    (",0.5,", ",half,", "'half' is not a number"), (",1.0,", ",,", "'' is not a number"), ("esmm", '"esmm', "as CSV")])
+def test_damaged_results_are_told_in_one_line(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "results.csv"
+    write_rows(path, made_up(0.0, 0.1))
+    assert len(read_results(path)) == 25
+    path.write_text(path.read_text().replace(old, new, 1))
+    text = complaint(lambda: read_results(path))
+    assert told in text
+    assert str(path) in text
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -273,7 +287,7 @@ def test_rows_of_other_settings_or_data_go(done: Path, monkeypatch: pytest.Monke
                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(done)
     path = Path("results/results.csv")
-    rows = read_rows(path)
+    rows = read_results(path)
     prints = {"rt": rows[0]["fingerprint"]}
 
     def kept(settings: GridArguments, prints: dict[str, str]) -> int:

@@ -65,6 +65,17 @@ BAD_CELLS = {
     "row too long": ("1,0,x\n2,1,x,9\n", 3, "note"),
     "first row too long": ("1,0,x,9\n2,1,x\n", 2, "note"),
     "first row with one comma too many": ("1,0,x,\n2,1,x,\n", 2, "note"),
+    "ids in words for truth": ("True,0,x\nFalse,1,x\n", 2, "itemid"),
+    "labels in words for truth": ("1,True,x\n2,False,x\n", 2, "click"),
+    "NUL bytes": ("1,0,x\n2,1,\0\0\n", 3, "note"),
+    "an empty row of commas": ("1,0,x\n,,\n", 3, "itemid"),
+    "bad cell below a cell of two lines": ('1,0,"a\nb"\n2,7,x\n', 4, "click"),
+    "a row of two lines is named by its first": ('1,0,x\n2,7,"a\nb"\n', 3, "click"),
+    "a quote that never ends": ('1,0,x\n2,1,"x\n3,0,y\n', 3, "note"),
+    "a quoted blank": ('1,0,"x"\n" "\n2,1,y\n', 3, "click"),
+    "a quoted nothing": ('1,0,"x"\n""\n2,1,y\n', 3, "click"),
+    "an empty cell moved to the first row": ("1,0,x,\n2,1\n", 2, "note"),
+    "a comma moved to another row": ("1,0\n2,1,x,9\n", 2, "note"),
     "bad cell below a blank line": ("1,0,x\n\n2,7,x\n", 4, "click"),
     "bad cell below a quoted comma": ('1,0,"a, b"\n2,7,x\n', 3, "click"),
     "short row below a quoted comma": ('1,0,"a, b"\n2\n', 3, "click"),
@@ -97,6 +108,33 @@ def test_one_bad_label_among_good_rows_is_found_wherever_it_is(tmp_path_factory:
     bad = data.draw(st.sampled_from(["nan", "2", "-1", "", "click", "1e9", "0.999"]))
     text = "".join(f"{a},{bad if row == at else b},{c}\n" for row, (a, b, c) in enumerate(rows))
     assert complaint(lambda: table_of(path, HEADER + text)).startswith(f"{path}, line {at + 2}, column 'click': ")
+
+
+def test_a_byte_that_is_no_utf8_is_named_by_line_and_column(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    text = complaint(lambda: table_of(path, HEADER.encode() + b"1,0,x\n2,1,caf\xe9\n"))
+    assert text.startswith(f"{path}, line 3, column 'note': not UTF-8 text")
+    assert "line 1: not UTF-8" in complaint(lambda: table_of(path, b"itemid,cl\xefck,note\n1,0,x\n"))
+
+
+def test_gzip_under_the_name_of_a_plain_file_is_told(tmp_path: Path) -> None:
+    text = complaint(lambda: table_of(tmp_path / "a.csv", gzip.compress(HEADER.encode() + b"1,0,x\n")))
+    assert "gzip: name it a.csv.gz" in text
+
+
+@pytest.mark.parametrize("header", ['"item\nid",click,note', "itemid\x1b[31m,click,note", "x" * 5000 + ",click,note",
+                                    "itemid\0,click,note"], ids=["two lines", "colours", "long", "NUL"])
+def test_what_is_quoted_from_a_header_stays_one_line(tmp_path: Path, header: str) -> None:
+    text = complaint(lambda: table_of(tmp_path / "a.csv", header + "\n1,0,x\n"))
+    assert text.isprintable()
+    assert len(text) < 700
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
+    """It would be waited for without end."""
+    os.mkfifo(tmp_path / "a")
+    for read in (lambda path: read_table(path, COLUMNS), read_json, lambda path: load_tensors(path, "train it")):
+        assert complaint(lambda read=read: read(tmp_path / "a")).startswith(f"{tmp_path / 'a'}: not a file")  # type: ignore[misc]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -134,7 +172,7 @@ UNREADABLE = {
     "Latin-1": (HEADER.encode() + "1,0,café\n".encode("latin-1"), "UTF-8"),
     "Latin-1 far down": (HEADER.encode() + b"1,0,x\n" * 20_000 + "1,0,café\n".encode("latin-1"), "UTF-8"),
     "UTF-16": ((HEADER + "1,0,x\n").encode("utf-16"), "UTF-8"),
-    "a quote that never ends": (HEADER.encode() + b'1,0,"x\n2,1,y\n', "cannot be read as CSV"),
+    "a quote that never ends": (HEADER.encode() + b'1,0,"x\n2,1,y\n', "a quote that is opened there never ends"),
 }
 
 
@@ -196,6 +234,20 @@ def test_spellings_of_the_same_table(tmp_path: Path, content: bytes) -> None:
 def test_cells_may_hold_commas_quotes_and_line_ends(tmp_path: Path) -> None:
     table = table_of(tmp_path / "a.csv", HEADER + '1,0,"a, b"\n2,1,"say ""hi"""\n3,0,"two\nlines"\n')
     assert table["note"].tolist() == ["a, b", 'say "hi"', "two\nlines"]
+
+
+def test_repairs_are_counted_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("itemid,parent\n1,\n\n2,NULL\n \t\n3,nan\n4, \n5,7\n")
+    table = read_table(path, {"itemid": "id", "parent": "optional_id"})
+    assert table["itemid"].tolist() == [1, 2, 3, 4, 5]
+    assert table["parent"].isna().tolist() == [True, True, True, True, False]
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}: repaired: 2 blank lines left out",
+        f"{path}: repaired: 3 cells taken for empty that say NULL, NA or nan, or are blank"]
+    path.write_text("itemid,parent\n1,\n2,7.5\n")
+    assert complaint(lambda: read_table(path, {"itemid": "id", "parent": "optional_id"})).startswith(
+        f"{path}, line 3, column 'parent': '7.5' is not a whole number")
 
 
 def test_chunks_add_up_to_the_table(tmp_path: Path) -> None:
@@ -296,8 +348,9 @@ def test_json_there_and_back(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json") == value
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"[1, 2]", b"12", b"\xff\xfe", b"[" * 100_000],
-                         ids=["empty", "cut", "comma", "list", "number", "bytes", "deep"])
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1,}', b"[1, 2]", b"12", b"\xff\xfe", b"[" * 100_000,
+                                     b'{"a": ' + b"9" * 5000 + b"}", b'{"a": 1, "a": 2}', b'{"a": "\\ud800"}'],
+                         ids=["empty", "cut", "comma", "list", "number", "bytes", "deep", "digits", "twice", "half"])
 def test_bad_json_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
@@ -351,6 +404,30 @@ def test_a_pickle_inside_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
     torch.save({"weights": Malicious(tmp_path / "owned")}, tmp_path / "inside.pt")
     assert str(tmp_path / "inside.pt") in complaint(lambda: load_tensors(tmp_path / "inside.pt", "train it again"))
     assert not (tmp_path / "owned").exists()
+
+
+def test_one_changed_byte_anywhere_is_noticed(tmp_path: Path) -> None:
+    """In weights, in the parts that only torch looks at, in the checksum itself."""
+    path = tmp_path / "state.pt"
+    save_tensors(path, {"model": {"weight": torch.arange(20.0)}})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+        assert complaint(lambda: load_tensors(path, "train it again")).endswith(": train it again")
+    path.write_bytes(whole)
+    load_tensors(path, "")
+
+
+def test_a_checkpoint_without_a_checksum_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    torch.save({"weights": {"a": torch.ones(2)}}, tmp_path / "old.pt")
+    text = complaint(lambda: load_tensors(tmp_path / "old.pt", "train it again"))
+    assert "without a checksum: damaged, or of an earlier version: train it again" in text
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_refused(tmp_path: Path, bad: float) -> None:
+    save_tensors(tmp_path / "a.pt", {"weights": {"a": torch.tensor([1.0, bad])}})
+    assert "not a checkpoint" in complaint(lambda: load_tensors(tmp_path / "a.pt", "train it again"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.6, 0.99])

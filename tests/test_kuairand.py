@@ -214,6 +214,20 @@ def test_a_bad_cell_is_named(tmp_path: Path) -> None:
     assert re.search(r"(line|row) (8|9)", text)
 
 
+@pytest.mark.parametrize("duration", ["inf", "-5", "1e300", "long"])
+def test_a_duration_that_cannot_be_is_left_empty_and_counted(tmp_path: Path, duration: str) -> None:
+    raw_log(tmp_path / "raw")
+    path = tmp_path / "raw" / "video_features_basic_1k.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table.loc[9, "video_duration"] = duration
+    table.to_csv(path, index=False)
+    prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand")
+    items = pd.read_csv(tmp_path / "kr" / "item_feadf.csv", dtype=str, keep_default_na=False).set_index("itemid")
+    assert items.loc[table.loc[9, "video_id"], "video_duration"] == ""
+    account = dict(json.loads((tmp_path / "kr" / "manifest.json").read_text())["account"])
+    assert account["video_duration that is no number of 0 or more: left empty"] == 1
+
+
 def test_an_unknown_source_is_refused_with_the_list(tmp_path: Path) -> None:
     assert "retailrocket, kuairand" in complaint(lambda: prepare(tmp_path, tmp_path / "x", source="movielens"))
 

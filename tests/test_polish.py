@@ -19,8 +19,8 @@ from dataset.files import UserError
 from dataset.rtrl import load_splits
 from layers import ESMM, CriticNeg
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
-from train.checkpoint import load_tensors, save_model
-from train.utils import RlLossPolisher, map_splits
+from train.checkpoint import RunFolder, load_tensors, save_model
+from train.utils import Metrics, RlLossPolisher, map_splits
 
 
 class Actor(nn.Module):
@@ -326,6 +326,37 @@ def test_weights_are_set_against_the_loss_in_ten_groups(shop: Path) -> None:
         assert np.mean([row[f"label_{name}"] for row in rows]) == pytest.approx(val.labels[:, task].mean(), abs=0.01)
         assert rows[-1][f"label_{name}"] > 3 * val.labels[:, task].mean(), "those with one weigh more"
         assert rows[-1][f"loss_{name}"] > rows[0][f"loss_{name}"]
+
+
+@pytest.mark.parametrize(("file", "old", "new", "told"), [
+    ("metrics.csv", "\ntest,", "\ntest,,", "line 4"), ("metrics.csv", "auc_CTR", "auc", "column 'auc_CTR' is missing"),
+    ("metrics.csv", "\ntest,", "\ntest,\x00", "NUL"), ("config.json", '"start"', '"Start"', "'start' is missing"),
+    ("config.json", "{", "[", "not valid JSON")])
+def test_a_control_with_damaged_books_is_left_out_and_says_so(shop: Path, capsys: pytest.CaptureFixture[str],
+                                                              file: str, old: str, new: str, told: str) -> None:
+    """A finished run is not lost over it."""
+    make_critics()
+    polished(polish_method="constant")
+    path = shop / "chkpt/SL/rt_esmm/rt_esmm_1.0_constant" / file
+    path.write_text(path.read_text().replace(old, new, 1))
+    polished()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert line.startswith("control: constant is left out: ")
+    assert path.name in line
+    assert told in line
+
+
+@pytest.mark.parametrize("cell", ["1.5", "-0.1", "inf", "x", "", "0_1", "1e300"])
+def test_a_figure_that_cannot_be_is_no_control(tmp_path: Path, cell: str) -> None:
+    books = RunFolder(tmp_path, "control")
+    figures = {f"{figure}_{task}": 0.5 for task in ("CTR", "CTCVR") for figure in Metrics._fields}
+    books.write_metrics([{"split": "val"}, {"split": "test", **figures}])
+    assert books.read_test(["CTR", "CTCVR"])[1] == {"auc": 0.5, "logloss": 0.5, "session_logloss": 0.5}
+    books.write_metrics([{"split": "val"}, {"split": "test", **figures, "auc_CTCVR": cell}])
+    assert complaint(lambda: books.read_test(["CTR", "CTCVR"])).startswith(
+        f"{tmp_path / 'metrics.csv'}, line 3, column 'auc_CTCVR': ")
+    books.write_metrics([{"split": "test", **figures}, {"split": "test", **figures}])
+    assert "line 3, column 'split'" in complaint(lambda: books.read_test(["CTR", "CTCVR"]))
 
 
 def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:

@@ -343,8 +343,39 @@ def test_the_truth_of_a_simulated_log_stands_beside_its_rows(prepared: dict[str,
 
 def test_truth_of_another_log_is_refused(raw: Path, tmp_path: Path, raw_log: Path) -> None:
     shutil.copy(raw_log / "truth.csv", raw)
+    assert "there is no simulation.json" in complaint(lambda: prepare(raw, tmp_path / "rt"))
+    shutil.copy(raw_log / "simulation.json", raw)
     assert f"{raw / 'truth.csv'}: " in complaint(lambda: prepare(raw, tmp_path / "rt"))
     assert not (tmp_path / "rt").exists()
+
+
+@pytest.mark.parametrize(("column", "value"), [("p_click", "1.5"), ("p_pay", "-0.1"), ("category", "9999"),
+                                                ("position", "0"), ("intent", "1e300")])
+def test_truth_that_cannot_be_is_named_by_row_and_column(raw_log: Path, tmp_path: Path, column: str,
+                                                         value: str) -> None:
+    shutil.copytree(raw_log, tmp_path / "raw")
+    table = pd.read_csv(raw_log / "truth.csv", dtype=str)
+    table.loc[4, column] = value
+    table.to_csv(tmp_path / "raw" / "truth.csv", index=False)
+    text = complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    assert text.startswith(f"{tmp_path / 'raw' / 'truth.csv'}, row 5 (about line 6), column '{column}': ")
+
+
+def test_truth_that_stands_there_twice_is_refused(raw_log: Path, tmp_path: Path) -> None:
+    shutil.copytree(raw_log, tmp_path / "raw")
+    path = tmp_path / "raw" / "truth.csv"
+    lines_ = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines_, lines_[1]]))
+    assert f"{path}, row {len(lines_)} " in complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+
+
+@pytest.mark.parametrize("changed", [{"items": "600"}, {"items": None}, {"events": 1.5}, {"seed": -1}, {"seed": True},
+                                     {"items": 10**12}], ids=str)
+def test_a_simulation_of_no_possible_size_is_refused(raw_log: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+    shutil.copytree(raw_log, tmp_path / "raw")
+    path = tmp_path / "raw" / "simulation.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    assert complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt")).startswith(f"{path}: ")
 
 
 def test_the_order_of_the_raw_rows_does_not_matter(raw_log: Path, rt_tables: Path, tmp_path: Path) -> None:

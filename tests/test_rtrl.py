@@ -371,9 +371,50 @@ def test_a_manifest_that_points_outside_its_folder_is_refused(tables: Path, name
 
 
 @pytest.mark.parametrize("changes", [{"outputs": None}, {"outputs": []}, {"categorical": "785"}, {"tasks": ["click"]},
-                                     {"tasks": [{"name": "CTR"}]}, {"long_tailed": None}], ids=str)
+                                     {"tasks": [{"name": "CTR"}]}, {"long_tailed": None}, {"categorical": []},
+                                     {"categorical": [["785"]]}, {"context": [[]]}, {"long_tailed": ["colour"]},
+                                     {"tasks": []}, {"tasks": [{"name": "CTR", "label": "click"}]},
+                                     {"tasks": [{"name": "a$b", "label": "click"}, {"name": "B", "label": "pay"}]},
+                                     {"tasks": [{"name": "A", "label": "click"}, {"name": "B", "label": "click"}]},
+                                     {"tasks": [{"name": "A", "label": "timestamp"}, {"name": "B", "label": "pay"}]},
+                                     {"categorical": ["785", "785"]}, {"format": 2}, {"simulation": None}], ids=str)
 def test_a_manifest_of_another_shape_is_refused(tables: Path, changes: dict[str, Any]) -> None:
     assert str(change_manifest(tables, **changes)) in complaint(lambda: load_splits(tables))
+
+
+def test_what_the_columns_mean_is_part_of_the_fingerprint(tables: Path, splits: Splits) -> None:
+    """A model of clicks and purchases is not one of purchases and clicks."""
+    change_manifest(tables, tasks=[{"name": "CTR", "label": "pay"}, {"name": "CTCVR", "label": "click"}])
+    assert load_splits(tables).fingerprint != splits.fingerprint
+    change_manifest(tables, tasks=splits.manifest["tasks"], source="another word for the same")
+    assert load_splits(tables).fingerprint == splits.fingerprint
+
+
+@pytest.mark.parametrize("name", ["train.csv", "item_feadf.csv"])
+def test_a_folder_in_place_of_a_table_is_one_line(published: Path, name: str) -> None:
+    (published / name).unlink()
+    (published / name).mkdir()
+    assert complaint(lambda: load_splits(published)) == f"{published / name}: not a file"
+
+
+def test_repairs_of_tables_are_counted_and_shown(tables: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tables / "manifest.json").unlink()
+    (tables / "train.csv").write_text(
+        "timestamp,sessionid,itemid,click,pay,click_time,pay_time\n"
+        "2000,1,1,1,0,1500,\n1000,1,2,1,1,,9000\n3000,2,3,0,0,3500,\n4000,2,4,0,0,,\n")
+    (tables / "item_feadf.csv").write_text("itemid," + ",".join(PROPERTIES) + "\n1,7.0, a,x,,,,\n2,7,a,x,,,,\n")
+    train = load_splits(tables).train
+    assert train.timestamp.tolist() == [1000, 2000, 3000, 4000]
+    assert [line for line in capsys.readouterr().out.splitlines() if "val.csv" not in line] == [
+        f"{tables / 'train.csv'}: repaired: 2 rows put into the order of session and time",
+        f"{tables / 'train.csv'}: repaired: 1 times in column 'click_time' before their own row: taken for the row's",
+        f"{tables / 'train.csv'}: repaired: 1 times in column 'click_time' missing: taken for the row's",
+        f"{tables / 'train.csv'}: repaired: 1 times in column 'click_time' of what did not happen ('click' is 0): left "
+        "out",
+        f"{tables / 'item_feadf.csv'}: repaired: 1 values in column '785' without their blanks or the .0 of a whole "
+        "number",
+        f"{tables / 'item_feadf.csv'}: repaired: 1 values in column '591' without their blanks or the .0 of a whole "
+        "number"]
 
 
 @pytest.mark.parametrize("name", ["train.csv", "item_feadf.csv"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -137,11 +137,20 @@ def test_a_mapping_there_and_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [
     "", "{", "[]", "{}", '{"threshold": 0.2}', '{"ids": {}}', '{"threshold": "a", "ids": {}}',
     '{"threshold": 0.2, "ids": []}', '{"threshold": 0.2, "ids": {"785": "x"}}',
-    '{"threshold": 0.2, "ids": {"785": ["x", "x"]}}', '{"threshold": 0.2, "ids": {"785": ["1", 1]}}'])
+    '{"threshold": 0.2, "ids": {"785": ["x", "x"]}}', '{"threshold": 0.2, "ids": {"785": ["1", 1]}}',
+    '{"threshold": 0.2, "ids": {}}', '{"threshold": 1.5, "ids": {"785": []}}', '{"threshold": NaN, "ids": {"785": []}}',
+    '{"threshold": true, "ids": {"785": []}}', '{"threshold": 0.2, "ids": {"785": [["x"]]}}',
+    '{"threshold": 0.2, "ids": {"785": [""]}}', '{"threshold": 0.2, "ids": {"785": ["x"], "785": ["y"]}}'])
 def test_a_malformed_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "catemapper.json"
     path.write_text(content)
     assert str(path) in complaint(lambda: Catemapper.load(path))
+
+
+def test_a_mapping_of_a_field_that_the_data_lack_is_refused(tmp_path: Path) -> None:
+    mapper = Catemapper(0.2)
+    mapper.ids = {"colour": {"red": 1}}
+    assert "field 'colour'" in complaint(lambda: mapper.map(data_set(["a"])))
 
 
 # -------------------------------------------------------------------------------------------------------- EarlyStopper
@@ -263,6 +272,28 @@ def test_an_optimiser_goes_on_from_its_parameters(done: int) -> None:
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize("spoil", [lambda one: one[:-1], lambda one: [*one, one[0]], lambda one: [one[0], *one],
+                                   lambda one: [one[0], one[1].T, *one[2:]], lambda one: [x.double() for x in one],
+                                   lambda one: [x.to(torch.cfloat) for x in one], lambda one: [5, *one[1:]]])
+def test_the_state_of_another_optimiser_is_refused(spoil: Callable[[list[Tensor]], list[Tensor]]) -> None:
+    """Torch takes tensors of any shape and type, and fails in the step after."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    steps(model, optimizer, [torch.randn(8, 3)])
+    with pytest.raises((ValueError, AttributeError)):
+        set_optim_param(optimizer, spoil(get_optim_param(optimizer)))
+
+
+@pytest.mark.parametrize("change", [{"further": 1}, {"num_trials": None}, {"is_continuable": 1}, {"best_epoch": "1"},
+                                    {"best_accuracy": True}], ids=str)
+def test_the_state_of_something_else_is_no_stoppers(change: dict[str, Any]) -> None:
+    stopper = EarlyStopper(2)
+    before = stopper.state_dict()
+    with pytest.raises(ValueError, match="stopper"):
+        stopper.load_state_dict({**before, **change})
+    assert stopper.state_dict() == before
+
+
 def test_optimiser_parameters_are_the_tensors_of_its_state() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())
@@ -322,10 +353,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, val
     assert text == f"{path}: its {name} is {value}, not {IDENTITY[name]}: train it again"
 
 
+@pytest.mark.parametrize("value", [torch.tensor([3, 4]), [torch.tensor(3), torch.tensor(4)], (3, 4), [3.0, 4.0],
+                                   [True, 4], {"3": 4}, None], ids=str)
+def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> None:
+    save_model(tmp_path / "m.pt", esmm(), {**IDENTITY, "field_dims": value})
+    text = complaint(lambda: load_model(tmp_path / "m.pt", esmm(), IDENTITY, "train it again"))
+    assert "its field_dims is " in text
+
+
 @pytest.mark.parametrize("saved", [
     {}, {"weights": None}, {"weights": []}, {"weights": {}}, {"weights": {"bottom": torch.zeros(3)}},
-    {"weights": esmm((3, 5)).state_dict()}, {"weights": dict.fromkeys(esmm().state_dict(), 1.0)}],
-    ids=["nothing", "none", "list", "empty", "other names", "other field sizes", "numbers"])
+    {"weights": esmm((3, 5)).state_dict()}, {"weights": dict.fromkeys(esmm().state_dict(), 1.0)},
+    {"weights": {name: tensor.double() for name, tensor in esmm().state_dict().items()}},
+    {"weights": {name: tensor.flatten()[:1].expand(tensor.shape) for name, tensor in esmm().state_dict().items()}},
+    {"weights": {name: tensor.to_sparse() for name, tensor in esmm().state_dict().items()}}],
+    ids=["nothing", "none", "list", "empty", "other names", "other field sizes", "numbers", "other types",
+         "one number as many", "sparse"])
 def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path: Path, saved: dict[str, Any]) -> None:
     path = tmp_path / "m.pt"
     save_tensors(path, {**saved, **IDENTITY})

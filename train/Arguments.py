@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from dataset.files import UserError
+from dataset.files import UserError, is_file_name
 from layers.session import ENCODERS
 from slmodels import MODELS
 from train.utils import RlLossPolisher
@@ -27,10 +27,11 @@ Settings = TypeVar("Settings", bound="Arguments")
 
 
 def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
-            high: float = math.inf) -> Any:
-    """A field with its help, its allowed values (choices, or low to high, both allowed) and its flag."""
+            high: float = math.inf, name: bool = False) -> Any:
+    """A field with its help, its allowed values (choices, or low to high, both allowed) and its flag; a `name` becomes
+    part of the names of files."""
     return field(default=default, metadata={"help": help, "flag": flag, "choices": tuple(choices), "low": low,
-                                            "high": high})
+                                            "high": high, "name": name})
 
 
 @dataclass(kw_only=True)
@@ -55,7 +56,7 @@ class ModelArguments(Arguments):
 class DataArguments(Arguments):
     """Data and files: where they are and how they are read."""
 
-    dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path")
+    dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
     dataset_path: str = setting("dataset", "the folder of data sets")
     feature_map_rate: float = setting(
         0.2, "long-tailed fields keep their most frequent values up to this share of the rows; the others become one",
@@ -181,6 +182,8 @@ def check(one: Field[Any], value: Any) -> None:
     """Raise UserError, naming the flag, where a value is not among those allowed."""
     flag, choices, low, high = (one.metadata[key] for key in ("flag", "choices", "low", "high"))
     flag = flag or f"--{one.name}"
+    if one.metadata["name"] and not is_file_name(value):
+        raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path says where it lies")
     if choices and value not in choices:
         meant = difflib.get_close_matches(str(value), choices, 1)
         raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}"

@@ -19,7 +19,7 @@ from env import MTEnv, reward_of
 from layers.critic import zero_share
 from train.checkpoint import RunFolder, save_tensors
 from train.plots import plot_panels
-from train.utils import ConvergeStopper, measure, set_seed
+from train.utils import ConvergeStopper, measure, restore, set_seed
 
 Floats = NDArray[np.float32]
 Policy = Callable[[Floats], Floats]
@@ -79,9 +79,10 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
     fingerprint = str(agent.identity.get("data"))
     state = run.open(settings or {}, fingerprint, resume)
     if state is not None:
-        agent.load_state_dict(state["agent"])
-        vars(stopper).update(state["stopper"])
-        rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
+        with run.restoring():
+            agent.load_state_dict(state["agent"])
+            restore(stopper, state["stopper"])
+            rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
         print(f"resuming after epoch {state['epoch']}")
     for number in range(first, epoch + 1):
         if not going:

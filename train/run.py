@@ -26,7 +26,7 @@ from layers.session import inner_of, window_of
 from slmodels import AITM, MetaHeac, build
 from train import world
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, save_model, save_tensors, weights_digest
+from train.checkpoint import RunFolder, put_weights, save_model, save_tensors, weights_digest
 from train.offline import (
     discounted_returns,
     one_iter_offline,
@@ -250,11 +250,14 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     state = run.open(asdict(settings), splits.fingerprint, settings.resume)
     run.write_config(asdict(settings), splits.manifest, splits.fingerprint, weights_digest(model))
     if state is not None:
-        model.load_state_dict(state["model"])
-        set_optim_param(optimizer, state["optimizer"])
-        stopper.load_state_dict(state["stopper"])
-        weighting.load_state_dict(state["weighting"])
-        rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
+        with run.restoring():
+            put_weights(model, state["stopper"]["best_state"])  # better refused now than at the end
+            put_weights(model, state["model"])
+            set_optim_param(optimizer, state["optimizer"])
+            stopper.load_state_dict(state["stopper"])
+            weighting.load_state_dict(state["weighting"])
+            rows, first, going = state["metrics"], state["epoch"] + 1, state["going"]
+            _curves(splits.task_names, rows)  # drawn at the end
         print(f"resuming after epoch {state['epoch']}" + ("" if going else ": training had ended"))
     elif settings.finetunes:
         metrics = evaluate(model, val, settings.task_num, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,10 @@ class Catemapper:
         return self
 
     def map(self, dataset: RetailRocketRLDataset) -> RetailRocketRLDataset:
-        """Give the data set its ids (n, F)."""
+        """Give the data set its ids (n, F). Raises UserError where it lacks a field of the mapping."""
+        strange = [name for name in self.ids if name not in dataset.fields]
+        if strange:
+            raise UserError(f"category mapping: field '{strange[0]}' is not one of {', '.join(dataset.fields)}")
         columns = []
         for name, ids in self.ids.items():
             column = dataset.fields[name]
@@ -69,12 +72,17 @@ class Catemapper:
         """Read what `save` wrote. Raises UserError."""
         saved = read_json(path)
         fields = saved.get("ids")
-        if not isinstance(saved.get("threshold"), int | float) or not isinstance(fields, dict) or not all(
-                isinstance(values, list) and len({str(value) for value in values}) == len(values)
-                for values in fields.values()):
-            raise UserError(f"{path}: not a category mapping: 'threshold' and, per field in 'ids', a list of values")
-        mapper = cls(float(saved["threshold"]))
-        mapper.ids = {name: {str(value): number for number, value in enumerate(values, start=1)}
+        threshold = saved.get("threshold")
+        if (not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1
+                or not isinstance(fields, dict) or not fields):
+            raise UserError(f"{path}: not a category mapping: 'threshold' from 0 to 1, and 'ids'")
+        for name, values in fields.items():
+            if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+                raise UserError(f"{path}: '{name:.60}' of 'ids' is not a list of values, texts that are not empty")
+            if len(set(values)) < len(values):
+                raise UserError(f"{path}: '{name:.60}' of 'ids' has a value twice: it would have two ids")
+        mapper = cls(float(threshold))
+        mapper.ids = {name: {value: number for number, value in enumerate(values, start=1)}
                       for name, values in fields.items()}
         return mapper
 
@@ -112,7 +120,7 @@ class EarlyStopper:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        restore(self, state)
 
 
 class ConvergeStopper:
@@ -128,6 +136,17 @@ class ConvergeStopper:
         self.trial_counter = self.trial_counter + 1 if self.change < self.tolerance else 0
         self.last = loss
         return self.trial_counter < self.num_trials
+
+
+def restore(stopper: EarlyStopper | ConvergeStopper, state: Mapping[str, Any]) -> None:
+    """Give a stopper its attributes back. Raises ValueError where they are others, or of other types."""
+    def kind(value: Any) -> type:
+        return float if isinstance(value, float) else type(value)  # numpy's floats are floats
+
+    own = vars(stopper)
+    if {name: kind(value) for name, value in own.items()} != {name: kind(value) for name, value in state.items()}:
+        raise ValueError("not the state of a stopper")
+    own.update(state)
 
 
 class ActionNormalizer(gym.wrappers.RescaleAction[Any, Any, Any]):
@@ -239,10 +258,17 @@ def get_optim_param(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def set_optim_param(optimizer: torch.optim.Adam, tensors: Sequence[Tensor]) -> None:
-    """Put back what `get_optim_param` took from an Adam; an empty list is an Adam that made no step yet."""
+    """Put back what `get_optim_param` took from an Adam; an empty list is an Adam that made no step yet.
+
+    Raises ValueError where it was an Adam of other parameters.
+    """
     saved = optimizer.state_dict()
     names = ("step", "exp_avg", "exp_avg_sq")
     groups = [tensors[at:at + len(names)] for at in range(0, len(tensors), len(names))]
+    shapes = [[(), p.shape, p.shape] for group in optimizer.param_groups for p in group["params"]]
+    if groups and ([[tensor.shape for tensor in group] for group in groups] != shapes
+                   or any(tensor.dtype != torch.float32 for tensor in tensors)):
+        raise ValueError("an optimizer of other parameters")
     saved["state"] = {number: dict(zip(names, group, strict=True)) for number, group in enumerate(groups)}
     optimizer.load_state_dict(saved)
 
