@@ -1,11 +1,12 @@
 # make demo   set up the environment, then run the documented commands
 # make bench  time everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
 # make test   set up the environment, then lint, type-check and test (under 10 minutes on 2 cores)
+# make torture  all trials of faults and bad input, with their counts
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test test-slow bench lint clean
+.PHONY: demo test test-slow torture bench lint clean
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
@@ -17,6 +18,9 @@ test: lint
 
 test-slow: .venv/dev.stamp
 	$(PY) -m pytest -m slow
+
+torture: .venv/dev.stamp
+	$(PY) -m pytest -m torture
 
 bench: .venv/bench.stamp
 	$(PY) -m bench
