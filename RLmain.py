@@ -9,18 +9,21 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from agents import AGENTS, DDPG_ESMM
-from dataset.files import UserError, check_writable, exit_on_user_error
+from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from dataset.rtrl import Splits
 from dataset.simulate import Size, expected_return
 from env import MTEnv, RewardType, reward_of
 from train.Arguments import RLArguments, parse
-from train.checkpoint import RunFolder, model_identity, weights_digest
+from train.checkpoint import RunFolder, model_identity
 from train.run import discounted_returns, get_dataset, rank_correlation, test, train_and_test_offline
-from train.utils import ConvergeStopper, map_splits, pick_device, set_seed
+from train.utils import ConvergeStopper, map_splits, pick_device, set_seed, weights_digest
 
 NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the result folders
 
@@ -34,12 +37,19 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     """One run from the tables and the baseline to critics that have converged. Raises UserError."""
     device = pick_device(settings.device, settings.precision)
     run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent], settings.actor_name)
+    with only_run(run.books):
+        return train_critics(settings, run, device)
+
+
+def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -> DDPG_ESMM:
+    """The run, alone in its folder."""
     baseline = settings.baseline(settings.actor_name)
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: run this first: "
                         + settings.command("SLmain.py", "model_name", settings.actor_name))
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
-    check_writable(run.books, Path(settings.memory_path).parent)
+    memory_path = Path(settings.memory_path)
+    check_writable(run.books, memory_path.parent, files=[*run.files, memory_path])
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
     reward_type = cast(RewardType, settings.reward_type)
     env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))
@@ -53,16 +63,14 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     hyparams = {name: getattr(settings, name) for name in same_names}
     agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
                              {**hyparams, "identity": identity, "device": device})
-    start = weights_digest(agent.pretrain_actor)
-    run.write_config(asdict(settings), splits.manifest, splits.fingerprint, start)
-    memory = {**identity, "actor": start,
+    memory = {**identity, "actor": weights_digest(agent.pretrain_actor),
               **{name: getattr(settings, name) for name in ("reward_type", "init_episode", "ou_noise_theta",
                                                             "ou_noise_gamma", "memory_size", "seed")}}
     rows = train_and_test_offline(
         val_env, agent, settings.epoch, settings.init_episode, str(run.folder), settings.memory_path, run=run,
         seed=settings.seed, memory_identity=memory, refill=settings.refill, epoch_updates=settings.epoch_updates,
         stopper=ConvergeStopper(settings.converge_trials, settings.converge_tolerance), settings=asdict(settings),
-        resume=settings.resume)
+        manifest=splits.manifest, resume=settings.resume)
 
     print()
     report(splits, val_env, agent, rows[-1])
@@ -89,7 +97,7 @@ def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any
         print(line + f", zero outputs {last[f'zero_share_{task}']:.1%}")
 
 
-@exit_on_user_error
+@partial(exit_on_user_error, resumes=True)
 def _command() -> None:
     main(parse(RLArguments, __doc__ or ""))
 

@@ -45,6 +45,7 @@ class Sessions:
         self.labels, self.session = dataset.labels, dataset.session
         self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
         self.ends = np.append(self.starts[1:], len(self.session)) - 1  # (S,) last row of each session
+        self.longest = int((self.ends - self.starts).max()) + 1  # rows
         self.first = np.repeat(self.starts, self.ends - self.starts + 1)  # (n,) first row of the row's session
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
 

@@ -48,9 +48,18 @@ class ReplayBuffer:
 
     def store(self, state: Floats, action: Floats, next_state: Floats, reward: Floats, done: Any,
               label: Floats) -> None:
-        """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ..."""
+        """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ...
+
+        Raises UserError where a number is none: it would come back as a loss that is none, much later.
+        """
         given = {"state": state, "action": action, "next_state": next_state, "reward": reward, "label": label}
         rows = {name: np.atleast_2d(value)[-self.max_size:] for name, value in given.items()}
+        for name, value in rows.items():
+            if not np.isfinite(value).all():
+                row, column = np.argwhere(~np.isfinite(value))[0]
+                where = f"column {column}" if name.endswith("state") else f"task {column}"
+                raise UserError(f"replay memory: the {name} of transition {self.stored + row}, {where}, is "
+                                f"{value[row, column]}: it is not stored, and nothing is trained on it")
         rows["done"] = np.atleast_1d(done)[-self.max_size:]
         at = (self.next + np.arange(len(rows["done"]))) % self.max_size
         for name, value in rows.items():

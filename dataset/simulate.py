@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, atomic_folder, exit_on_user_error, write_json
+from dataset.files import Kind, UserError, atomic_folder, check_writable, exit_on_user_error, only_run, write_json
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -195,8 +195,9 @@ def simulate(out: Path, size: Size) -> None:
     """Write a raw log into the folder `out`, which must not exist. Raises UserError."""
     if out.exists():
         raise UserError(f"{out} exists already: choose another --out, or remove it first")
+    check_writable(out.parent)
     shop = Shop(size)
-    with atomic_folder(out) as folder:
+    with only_run(out), atomic_folder(out) as folder:
         events, truth = _log(shop)
         events.to_csv(folder / "events.csv", index=False)
         truth.to_csv(folder / "truth.csv", index=False)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import pickle
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from train.Arguments import RLArguments, SLArguments
 
 # What a model file says of the model besides its weights; a reader whose own differ refuses the file.
 Identity = Mapping[str, Any]
+MAY_DIFFER = ("resume", "device", "epoch", "refill")  # settings that a run which goes on may change
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -65,14 +64,6 @@ def load_model(path: Path, model: nn.Module, identity: Identity, remedy: str) ->
         raise UserError(f"{path}: its weights do not fit the model ({reason}): {remedy}") from error
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -90,8 +81,9 @@ class RunFolder:
     """Where a run writes: its books (config.json, metrics.csv, curves.png, state.pt) and, beside them or in the folder
     above, its best model `<name>.pt`.
 
-    `state.pt` is written last: whatever else is there belongs to it, or will be written again by the run that goes on
-    from it.
+    What lies there is of one run, whenever it was stopped: a run that starts anew sets aside all that an earlier one
+    left, and one that goes on the metrics, which are written at the end only. So metrics.csv is what came of
+    config.json, or not there.
     """
 
     def __init__(self, folder: Path, name: str, books: Path | None = None) -> None:
@@ -102,6 +94,8 @@ class RunFolder:
         self.metrics = self.books / "metrics.csv"
         self.curves = self.books / "curves.png"
         self.weights = self.books / "weights.png"
+        self.catemapper = self.books / "catemapper.json"
+        self.files = [self.state, self.metrics, self.curves, self.weights, self.catemapper, self.model, self.config]
 
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
@@ -122,35 +116,50 @@ class RunFolder:
         name = f"res_{middle}_{actor_name}"
         return cls(Path(save_dir) / name, name)
 
-    def open(self, settings: Mapping[str, Any], fingerprint: str, resume: bool,
-             may_differ: Sequence[str] = ("resume", "device", "epoch", "refill")) -> dict[str, Any] | None:
-        """Begin: return the state to go on from, or None. Raises UserError if it belongs to other settings or data.
+    def open(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
+             origin: Mapping[str, str], resume: bool) -> dict[str, Any] | None:
+        """Begin: write config.json, and return the state to go on from, or None.
 
-        Without `resume` the state of an earlier run is set aside as `state.previous.pt`.
+        Without `resume` what an earlier run left is set aside as `state.previous.pt`, `metrics.previous.csv` and so on.
+
+        Args:
+            settings: what was asked for.
+            manifest, fingerprint: of the data.
+            origin: digests of what the run starts from: `start`, the weights; of a polish run `critics`, too.
+            resume: go on from `state.pt`. Raises UserError if it is of other settings, data or origin.
         """
-        if not resume:
-            if files.company.leads and self.state.exists():
-                os.replace(self.state, self.state.with_name("state.previous.pt"))
-            return None
+        state = self._state_of(settings, fingerprint, origin) if resume else None
+        if files.company.leads:
+            for path in [self.metrics] if state is not None else self.files:
+                if path.exists():
+                    os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+        files.company.wait()
+        write_json(self.config, {"command": files.own_command(), "settings": dict(settings),
+                                 "torch": torch.__version__, "threads": torch.get_num_threads(), **origin,
+                                 "data_fingerprint": fingerprint, "data": dict(manifest)})
+        files.books_begun = True
+        return state
+
+    def _state_of(self, settings: Mapping[str, Any], fingerprint: str,
+                  origin: Mapping[str, str]) -> dict[str, Any] | None:
+        """The state of the run that was stopped; None where there is none."""
         if not self.state.exists():
             print(f"{self.books}: nothing to resume: starting from the first epoch")
             return None
-        state = load_tensors(self.state, "run without --resume to start anew")
+        anew = "run without --resume to start anew"
+        state = load_tensors(self.state, anew)
         if state.get("fingerprint") != fingerprint:
-            raise UserError(f"{self.state}: that run was on other data: run without --resume to start anew")
+            raise UserError(f"{self.state}: that run was on other data: {anew}")
         saved = state.get("settings", {})
-        other = [name for name, value in settings.items() if saved.get(name) != value and name not in may_differ]
+        other = [name for name, value in settings.items() if saved.get(name) != value and name not in MAY_DIFFER]
         if other:
             raise UserError(f"{self.state}: that run had --{other[0]}={saved.get(other[0])}, this one has "
-                            f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
+                            f"{settings[other[0]]}: use the same settings, or {anew}")
+        for name, digest in origin.items():
+            if state.get("origin", {}).get(name) != digest:
+                what = {"start": "another baseline", "critics": "other critics"}[name]
+                raise UserError(f"{self.state}: that run began with {what}, trained anew since then: {anew}")
         return state
-
-    def write_config(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
-                     start: str) -> None:
-        """Write what was asked for, on which data, and the digest of the weights that the run started from."""
-        write_json(self.config, {"command": " ".join(["python3", *sys.argv]), "settings": dict(settings),
-                                 "torch": torch.__version__, "threads": torch.get_num_threads(),
-                                 "start": start, "data_fingerprint": fingerprint, "data": dict(manifest)})
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the table of metrics, figures in full; columns are those of all rows, in order of appearance."""

@@ -36,7 +36,9 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
     for name in CRITICS[: settings.task_num]:
         path = folder / f"{name}.pth"
         remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
-        embed_dim = load_tensors(path, remedy).get("embed_dim")
+        saved = load_tensors(path, remedy)
+        same.setdefault("agent", saved.get("agent"))  # both critics of one run
+        embed_dim = saved.get("embed_dim")
         embed_dim = embed_dim if isinstance(embed_dim, int) and 0 < embed_dim <= 65536 else 1
         critic = CriticNeg(identity["field_dims"], numerical_num, embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         load_model(path, critic, same, remedy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,15 @@ def map_splits(splits: Splits, threshold: float) -> Catemapper:
     return catemapper
 
 
+def weights_digest(*models: nn.Module) -> str:
+    """A fingerprint of the weights of a model, or of several."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class EarlyStopper:
     """Stop when the validation score has not risen for `num_trials` epochs in a row; keep the best weights.
 
@@ -161,6 +171,7 @@ class RlLossPolisher:
             raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
         self.model, self.polish_lambda, self.method = model, polish_lambda, method
         self.critics = [critic.eval().requires_grad_(False) for critic in critics]
+        self.digest = weights_digest(*critics)
         self.seen: list[Tensor] = []
 
     @torch.no_grad()
