@@ -190,8 +190,8 @@ class DDPG_ESMM:
     def diverged(self, what: str, update: int) -> UserError:
         """The one line for a number that is none at an update; it names the tensor."""
         tensor = bad_tensor(self.networks()) or "Q or the target, of finite weights"
-        return UserError(f"{what} at update {update} (NaN or infinity in {tensor}): try a smaller --critic_lr; the last "
-                         "good epoch is kept")
+        return UserError(f"{what} at update {update} (NaN or infinity in {tensor}): try a smaller --critic_lr; "
+                         "the last good epoch is kept")
 
     def _actor_losses(self, transition: Tensors, part: float) -> tuple[Tensor, Tensor]:
         self.actor.train()

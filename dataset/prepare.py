@@ -41,11 +41,11 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int | N
     min_session = SOURCES[source].SESSION_ROWS if min_session is None else min_session
     if session_gap < 0 or not np.isfinite(session_gap) or min_session < 1:
         raise UserError("--session_gap is minutes, 0 or more; --min_session is 1 or more")
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder: --raw takes the folder that holds the raw files")
     with only_run(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
         check_writable(out.parent)
         tables = SOURCES[source].read(raw, session_gap, min_session)
         print_account(tables)

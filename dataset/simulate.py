@@ -193,11 +193,15 @@ class Shop:
 
 def simulate(out: Path, size: Size) -> None:
     """Write a raw log into the folder `out`, which must not exist. Raises UserError."""
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another --out, or remove it first")
-    check_writable(out.parent)
-    shop = Shop(size)
-    with only_run(out), atomic_folder(out) as folder:
+    with only_run(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another --out, or remove it first")
+        check_writable(out.parent)
+        _write(Shop(size), out)
+
+
+def _write(shop: Shop, out: Path) -> None:
+    with atomic_folder(out) as folder:
         events, truth = _log(shop)
         events.to_csv(folder / "events.csv", index=False)
         truth.to_csv(folder / "truth.csv", index=False)
@@ -206,7 +210,7 @@ def simulate(out: Path, size: Size) -> None:
         properties[:half].to_csv(folder / "item_properties_part1.csv", index=False)
         properties[half:].to_csv(folder / "item_properties_part2.csv", index=False)
         _category_tree(shop).to_csv(folder / "category_tree.csv", index=False)
-        write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
+        write_json(folder / "simulation.json", {"simulated": True, **asdict(shop.size)})
 
 
 def expected_return(size: Size, truth: pd.DataFrame, gamma: float, rollouts: int = 64) -> Floats:
