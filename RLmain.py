@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 
 from agents import AGENTS, DDPG_ESMM
+from agents.DDPG_ESMM import NETWORKS
 from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from dataset.rtrl import Splits
 from dataset.simulate import Size, expected_return
@@ -49,7 +50,8 @@ def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -
                         + settings.command("SLmain.py", "model_name", settings.actor_name))
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     memory_path = Path(settings.memory_path)
-    check_writable(run.books, memory_path.parent, files=[*run.files, memory_path])
+    check_writable(run.books, memory_path.parent,
+                   files=[*run.files, memory_path, *(run.folder / f"{name}.pth" for name in NETWORKS)])
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
     reward_type = cast(RewardType, settings.reward_type)
     env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))

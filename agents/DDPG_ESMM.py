@@ -24,6 +24,7 @@ from train.numbers import FirstBad, bad_tensor
 from train.utils import get_optim_param, set_optim_param, weights_digest
 
 Tensors = dict[str, Tensor]
+NETWORKS = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
 POLICY_NOISE, NOISE_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
 
 
@@ -87,8 +88,7 @@ class DDPG_ESMM:
                 (self.critic2, self.critic2_target, self.critic2_optimizer)][: self.task_num]
 
     def networks(self) -> dict[str, nn.Module]:
-        names = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in NETWORKS}
 
     @torch.no_grad()
     def select_action(self, state: NDArray[np.float32], noise: bool = True) -> NDArray[np.float32]:

@@ -85,14 +85,17 @@ PROGRAMS = {
 def start(command: str, folder: Path) -> int:
     """Begin a run in `folder`, in a process of its own; its words go to `stdout` and `stderr` beside the folder."""
     sys.stdout.flush()
+    words = [open(folder.parent / f"{folder.name}.{name}", "wb") for name in ("stdout", "stderr")]  # noqa: SIM115
     pid = os.fork()
     if pid:
+        for file in words:
+            file.close()
         return pid
     code = 1
     try:
         os.chdir(folder)
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(folder.parent / f"{folder.name}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        for number, file in enumerate(words, start=1):
+            os.dup2(file.fileno(), number)
         sys.argv = shlex.split(command)
         MAINS[sys.argv[0]]._command()
         code = 0
@@ -224,7 +227,7 @@ class Trials:
         if what:
             return what
         again = end(start(command, folder))
-        if again == 2 and "that run had" in said(folder) and code < 0:  # stopped before it had begun: the old one's state
+        if again == 2 and "that run had" in said(folder) and code < 0:  # it had not begun: the old state
             again = end(start(self.program.command, folder))
         if again == 2 and "exists already" in said(folder):  # it had finished, but for saying so
             again = 0

@@ -26,7 +26,12 @@ MAY_DIFFER = ("resume", "device", "epoch", "refill")  # settings that a run whic
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
     """Write tensors, numbers, texts, lists and dictionaries of them, atomically; the same value, the same bytes."""
     with atomic_file(path) as partial, open(partial, "wb") as file:  # given a path, torch writes its name into the file
-        torch.save(dict(value), file)
+        try:
+            torch.save(dict(value), file)
+        except RuntimeError as error:  # torch hides behind it what the system said: that the disk is full, say
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def load_tensors(path: Path, remedy: str) -> dict[str, Any]:
