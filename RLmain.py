@@ -21,9 +21,11 @@ from dataset.files import UserError, check_writable, exit_on_user_error, only_ru
 from dataset.rtrl import Splits
 from dataset.simulate import Size, expected_return
 from env import MTEnv, RewardType, reward_of
-from train.Arguments import RLArguments, parse
+from layers import CriticNeg
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RLArguments, parse
 from train.checkpoint import RunFolder, model_identity
-from train.run import discounted_returns, get_dataset, rank_correlation, test, train_and_test_offline
+from train.memory import check_agent, size_of
+from train.run import discounted_returns, get_dataset, get_model, rank_correlation, test, train_and_test_offline
 from train.utils import ConvergeStopper, map_splits, pick_device, set_seed, weights_digest
 
 NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the result folders
@@ -57,6 +59,7 @@ def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -
     env, val_env = (MTEnv(split, reward_type) for split in (splits.train, splits.val))
     test_env = MTEnv(splits.test, reward_type, is_test=True)
 
+    check_fits(settings, splits, field_dims, device)
     set_seed(settings.seed)
     identity = model_identity(settings.actor_name, settings, splits.fingerprint, field_dims)
     same_names = ("gamma", "pretrain_path", "dataset_name", "embed_dim", "expert_num", "ou_noise_theta",
@@ -79,6 +82,17 @@ def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -
     test(test_env, agent, str(run.folder))
     print(f"saved the agent in {run.folder}; curves: {run.curves}")
     return agent
+
+
+def check_fits(settings: RLArguments, splits: Splits, field_dims: list[int], device: torch.device) -> None:
+    """Refuse what would not fit into memory, before it takes any. Raises UserError."""
+    numbers, sizes = splits.train.numerical_num, (settings.embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
+    actor = size_of(lambda: get_model(settings.actor_name, field_dims, numbers, settings.task_num, settings.expert_num,
+                                      settings.embed_dim), field_dims, settings.embed_dim)
+    critic = size_of(lambda: CriticNeg(field_dims, numbers, *sizes), field_dims, settings.embed_dim)
+    judged = len(splits.val) if splits.val.truth is not None and settings.reward_type == "bce" else 0
+    transition = 4 * (2 * (len(field_dims) + numbers) + 3 * settings.task_num + 1)  # bytes: numbers of 4 each
+    check_agent(actor, critic, settings.batch_size, settings.memory_size, transition, judged, device)
 
 
 def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any]) -> None:

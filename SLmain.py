@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from dataset.files import check_writable, exit_on_user_error, only_run
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
 from train.checkpoint import RunFolder, load_model, model_identity, save_model
+from train.memory import check_training, size_of
 from train.polish import find_critics, make_polisher, summary
 from train.run import evaluate_split, get_dataset, get_model, slfit
 from train.utils import Metrics, map_splits, measure, pick_device, set_seed, weights_digest
@@ -67,8 +69,7 @@ def train_baseline(settings: SLArguments, run: RunFolder, device: torch.device) 
     catemapper = map_splits(splits, settings.feature_map_rate)
 
     set_seed(settings.seed)
-    model = get_model(settings.model_name, catemapper.field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    model = make_model(settings, splits, catemapper.field_dims, device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
     catemapper.save(run.catemapper)
@@ -82,14 +83,22 @@ def train_baseline(settings: SLArguments, run: RunFolder, device: torch.device) 
     return metrics
 
 
+def make_model(settings: SLArguments, splits: Splits, field_dims: list[int], device: torch.device) -> nn.Module:
+    """Build the model; one whose training would not fit is refused before it takes any memory. Raises UserError."""
+    build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
+                    settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator)
+    check_training(size_of(build, field_dims, settings.embed_dim), settings.model_name,
+                   min(settings.batch_size, len(splits.train)), device)
+    return build().to(device)
+
+
 def polish(settings: SLArguments, run: RunFolder, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, files=run.files)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
 
-    model = get_model(settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
-                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator).to(device)
+    model = make_model(settings, splits, field_dims, device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
     load_model(settings.baseline(settings.model_name), model, identity,
                "give the same settings as then, or train the baseline again: "

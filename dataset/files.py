@@ -27,7 +27,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -216,30 +216,34 @@ def only_run(*places: Path) -> Iterator[None]:
             with _as_user_error(lock):
                 lock.parent.mkdir(parents=True, exist_ok=True)
                 file = _locked(lock, place)
-            held.callback(file.close)
+            held.callback(os.close, file)
             held.callback(lock.unlink, missing_ok=True)  # first: once it is closed another may have it
         yield
 
 
-def _locked(lock: Path, place: Path) -> IO[str]:
-    """Open and lock the file `lock`, and write into it who holds it."""
+def _locked(lock: Path, place: Path) -> int:
+    """Open and lock the file `lock`, and write into it who holds it; return its descriptor."""
     while True:
-        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115 -- open for as long as it is held
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if sys.platform != "win32":  # there two runs are not told apart
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+            if os.path.samestat(os.fstat(file), lock.stat()):
                 break
         except BlockingIOError:
-            file.close()
+            os.close(file)
             raise UserError(f"{place}: {_holder(lock)} is writing there: wait until it has ended, or stop it") from None
         except FileNotFoundError:  # removed by the one that had it, between two looks at it: the next one is new
             pass
-        file.close()
-    file.truncate(0)
-    json.dump({"pid": os.getpid(), "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
-               "command": own_command()}, file)
-    file.flush()
+        os.close(file)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps({"pid": os.getpid(), "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+                                   "command": own_command()}).encode())
+    except OSError:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+        raise
     return file
 
 
@@ -285,12 +289,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_memory(needed: float, what: str) -> None:
-    """Raise UserError where so many bytes are not free: better refused now than killed halfway."""
-    free = _free_memory()
+def check_memory(needed: float, what: str, free: float | None = None) -> None:
+    """Raise UserError where so many bytes are not free (None: of the system's memory): better refused now than killed
+    halfway."""
+    free = _free_memory() if free is None else free
     if needed > free:
         raise UserError(f"{what}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB are "
-                        "free: take fewer rows, or a machine with more memory")
+                        "free: take fewer rows, something smaller, or a machine with more memory")
 
 
 def _free_memory() -> float:

@@ -29,7 +29,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, atomic_folder, check_writable, exit_on_user_error, only_run, write_json
+from dataset.files import (
+    Kind,
+    UserError,
+    atomic_folder,
+    check_memory,
+    check_writable,
+    exit_on_user_error,
+    only_run,
+    write_json,
+)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -61,6 +70,8 @@ UNAVAILABLE = -2.5  # on worth, where available is 0
 TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
                                 "p_pay": "number", "intent": "number", "mood": "number", "category": "id",
                                 "position": "id"}
+# Of memory, each, at the most: 310 an event and 116 a property row were measured; an item has its state of every week.
+BYTES = {"events": 350, "property_rows": 130, "items": 400}
 FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
 
 
@@ -197,6 +208,8 @@ def simulate(out: Path, size: Size) -> None:
         if out.exists():
             raise UserError(f"{out} exists already: choose another --out, or remove it first")
         check_writable(out.parent)
+        check_memory(sum(getattr(size, name) * count for name, count in BYTES.items()),
+                     f"a simulated log of {size.events:,} events and {size.property_rows:,} property rows")
         _write(Shop(size), out)
 
 

@@ -28,6 +28,14 @@ hypothesis.settings.register_profile("rmtl", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("rmtl")
 
 
+COUNTS: list[str] = []  # what trials in great number have come to; printed below the results
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for text in COUNTS:
+        terminalreporter.write_line(text)
+
+
 @pytest.fixture(scope="session")
 def raw_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated raw log of some 12,000 events. Read only."""

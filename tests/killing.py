@@ -175,13 +175,11 @@ def mixed(program: Program, folder: Path, old: dict[str, bytes], new: dict[str, 
 class Trials:
     """A program, the folder that it starts from, with and without an earlier run, and what undisturbed runs give."""
 
-    def __init__(self, name: str, folder: Path, seed: int) -> None:
+    def __init__(self, name: str, folder: Path, seed: int, fresh: Path) -> None:
         self.program, self.folder = PROGRAMS[name], folder
         self.rng = np.random.default_rng([seed, sum(name.encode())])
-        self.fresh, self.used = folder / "fresh", folder / "used"
-        self.fresh.mkdir(parents=True)
-        for command in self.program.needs:
-            succeed(command, self.fresh)
+        self.fresh, self.used = fresh, folder / "used"
+        folder.mkdir()
         whole = Path(shutil.copytree(self.fresh, folder / "whole"))
         begin = time.perf_counter()
         succeed(self.program.command, whole)
@@ -248,10 +246,11 @@ def trials(names: Sequence[str], count: int, seed: int) -> list[str]:
     """Make so many trials of each program and print the counts; return what went wrong."""
     torch.set_num_threads(1)
     problems: list[str] = []
-    for name in names:
-        with tempfile.TemporaryDirectory(prefix="killing-") as folder:
-            tried, drawn, bad, begin = Trials(name, Path(folder), seed), 0, [], time.perf_counter()
-            done = 0
+    with tempfile.TemporaryDirectory(prefix="killing-") as place:
+        for name in names:
+            begin = time.perf_counter()
+            tried = Trials(name, Path(place) / name, seed, prepared(PROGRAMS[name].needs, Path(place)))
+            drawn, done, bad = 0, 0, []
             while done < count:
                 what = tried.trial(done)
                 drawn += 1
@@ -260,10 +259,22 @@ def trials(names: Sequence[str], count: int, seed: int) -> list[str]:
                 done += what is not None
                 bad += [f"{name}, {what}"] if what else []
             print(f"killed: {name} {count - len(bad)} of {count} ended like the undisturbed run (SIGKILL "
-                  f"{-(-count // 2)}, SIGTERM {count // 2}, within {tried.seconds:.2f} s; seed {seed}; "
+                  f"{-(-count // 2)}, SIGTERM {count // 2}, at moments within {tried.seconds:.2f} s; "
                   f"{time.perf_counter() - begin:.0f} s)", flush=True)
-        problems += bad
+            problems += bad
     return problems
+
+
+def prepared(commands: Sequence[str], place: Path) -> Path:
+    """A folder in which these commands have run, one after the other; each is run once for all programs."""
+    folder = place / f"after{len(commands)}"
+    if not folder.exists():
+        if commands:
+            shutil.copytree(prepared(commands[:-1], place), folder)
+            succeed(commands[-1], folder)
+        else:
+            folder.mkdir()
+    return folder
 
 
 if __name__ == "__main__":
