@@ -10,18 +10,24 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from agents import AGENTS, DDPG_ESMM
-from dataset.files import UserError, check_writable, exit_on_user_error
+from agents.DDPG_ESMM import NETWORKS
+from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from dataset.rtrl import Splits
 from dataset.simulate import Size, expected_return
 from env import MTEnv, RewardType, reward_of
-from train.Arguments import RLArguments, parse
-from train.checkpoint import RunFolder, model_identity, weights_digest
-from train.run import discounted_returns, get_dataset, rank_correlation, test, train_and_test_offline
-from train.utils import ConvergeStopper, map_splits, pick_device, set_seed
+from layers.session import make_critic
+from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RLArguments, parse
+from train.checkpoint import RunFolder, model_identity
+from train.memory import check_agent, size_of
+from train.run import discounted_returns, get_dataset, get_model, rank_correlation, test, train_and_test_offline
+from train.utils import ConvergeStopper, map_splits, pick_device, set_seed, weights_digest
 
 NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the result folders
 
@@ -36,18 +42,27 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     device = pick_device(settings.device, settings.precision)
     run = RunFolder.of_agent(settings.save_dir, settings.dataset_name, NAMES[settings.agent],
                              settings.critics_name(settings.actor_name))
+    with only_run(run.books):
+        return train_critics(settings, run, device)
+
+
+def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -> DDPG_ESMM:
+    """The run, alone in its folder."""
     baseline = settings.baseline(settings.actor_name)
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: run this first: "
                         + settings.command("SLmain.py", "model_name", settings.actor_name))
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
-    check_writable(run.books, Path(settings.memory_path).parent)
+    memory_path = Path(settings.memory_path)
+    check_writable(run.books, memory_path.parent,
+                   files=[*run.files, memory_path, *(run.folder / f"{name}.pth" for name in NETWORKS)])
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
     reward_type = cast(RewardType, settings.reward_type)
     state: dict[str, Any] = {"is_seq": settings.state_window > 0, "window": settings.window}
     env, val_env = (MTEnv(split, reward_type, **state) for split in (splits.train, splits.val))
     test_env = MTEnv(splits.test, reward_type, is_test=True, **state)
 
+    check_fits(settings, splits, field_dims, device)
     set_seed(settings.seed)
     identity = model_identity(settings.actor_name, settings, splits.fingerprint, field_dims)
     same_names = ("gamma", "pretrain_path", "dataset_name", "embed_dim", "expert_num", "ou_noise_theta",
@@ -57,16 +72,15 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
                              {**hyparams, "critic_encoder": settings.critics_see, "identity": identity,
                               "device": device})
-    start = weights_digest(agent.pretrain_actor)
-    run.write_config(asdict(settings), splits.manifest, splits.fingerprint, start)
-    memory = {**identity, **({"window": settings.state_window} if settings.state_window else {}), "actor": start,
+    memory = {**identity, **({"window": settings.state_window} if settings.state_window else {}),
+              "actor": weights_digest(agent.pretrain_actor),
               **{name: getattr(settings, name) for name in ("reward_type", "init_episode", "ou_noise_theta",
                                                             "ou_noise_gamma", "memory_size", "seed")}}
     rows = train_and_test_offline(
         val_env, agent, settings.epoch, settings.init_episode, str(run.folder), settings.memory_path, run=run,
         seed=settings.seed, memory_identity=memory, refill=settings.refill, epoch_updates=settings.epoch_updates,
         stopper=ConvergeStopper(settings.converge_trials, settings.converge_tolerance), settings=asdict(settings),
-        resume=settings.resume)
+        manifest=splits.manifest, resume=settings.resume)
 
     print()
     report(splits, val_env, agent, rows[-1])
@@ -74,6 +88,20 @@ def main(settings: RLArguments) -> DDPG_ESMM:
     run.write_metrics([*rows, {"split": "test", "epoch": rows[-1]["epoch"], **figures}])
     print(f"saved the agent in {run.folder}; curves: {run.curves}")
     return agent
+
+
+def check_fits(settings: RLArguments, splits: Splits, field_dims: list[int], device: torch.device) -> None:
+    """Refuse what would not fit into memory, before it takes any. Raises UserError."""
+    numbers, sizes = splits.train.numerical_num, (settings.embed_dim, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
+    actor = size_of(lambda: get_model(settings.actor_name, field_dims, numbers, settings.task_num, settings.expert_num,
+                                      settings.embed_dim, encoder=settings.encoder, window=settings.window),
+                    field_dims, settings.embed_dim)
+    critic = size_of(lambda: make_critic(settings.critics_see, settings.window, field_dims, numbers, *sizes), field_dims,
+                     settings.embed_dim)
+    judged = len(splits.val) if splits.val.truth is not None and settings.reward_type == "bce" else 0
+    state = (len(field_dims) + numbers) * max(1, settings.state_window)
+    transition = 4 * (2 * state + 3 * settings.task_num + 1)  # bytes: numbers of 4 each
+    check_agent(actor, critic, settings.batch_size, settings.memory_size, transition, judged, device)
 
 
 def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any]) -> None:
@@ -94,7 +122,7 @@ def report(splits: Splits, val_env: MTEnv, agent: DDPG_ESMM, last: dict[str, Any
         print(line + f", zero outputs {last[f'zero_share_{task}']:.1%}")
 
 
-@exit_on_user_error
+@partial(exit_on_user_error, resumes=True)
 def _command() -> None:
     main(parse(RLArguments, __doc__ or ""))
 

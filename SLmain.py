@@ -11,20 +11,23 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from dataset.files import check_writable, exit_on_user_error
+from dataset.files import check_writable, exit_on_user_error, only_run
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from train.Arguments import SLArguments, parse
-from train.checkpoint import RunFolder, load_model, model_identity, save_model, weights_digest, write_rows
+from train.checkpoint import RunFolder, load_model, model_identity, save_model, write_rows
+from train.memory import check_training, size_of
 from train.polish import find_critics, make_polisher, summary, weights_against_loss
 from train.run import evaluate_split, get_dataset, get_model, slfit
-from train.utils import Metrics, map_splits, measure, pick_device, set_seed
+from train.utils import Metrics, map_splits, measure, pick_device, set_seed, weights_digest
 
 
 def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int = 2, expert_num: int = 8,
@@ -41,28 +44,36 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
         batch_size=batch_size, embed_dim=embed_dim, weight_decay=weight_decay, polish_lambda=polish_lambda,
         device=device, save_dir=save_dir, **more)
     if not settings.polish_lambda:
-        return train_baseline(settings)
+        return alone(train_baseline, settings)
     if settings.polish_method != "constant":
         find_critics(settings)  # better refused now than after the baseline's training
     if not settings.baseline(model_name).exists() and settings.weighting == "equal":
         print(f"{settings.baseline(model_name)}: no baseline of {model_name} yet: it is trained first\n")
-        train_baseline(replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
+        alone(train_baseline, replace(settings, polish_lambda=0.0, polish_method="full", critic_from=""))
         print(f"\nnow polishing {model_name}")
-    return polish(settings)
+    return alone(polish, settings)
 
 
-def train_baseline(settings: SLArguments) -> list[Metrics]:
+def alone(work: Callable[[SLArguments, RunFolder, torch.device], list[Metrics]],
+          settings: SLArguments) -> list[Metrics]:
+    """Do a run as the only one that writes to its folder and, if it makes one, to the baseline. Raises UserError."""
+    device, run = pick_device(settings.device, settings.precision), RunFolder.of_model(settings)
+    makes_baseline = not settings.polish_lambda and settings.weighting == "equal"
+    with only_run(run.books, *([settings.baseline(settings.model_name)] if makes_baseline else [])):
+        return work(settings, run, device)
+
+
+def train_baseline(settings: SLArguments, run: RunFolder, device: torch.device) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
-    device = pick_device(settings.device, settings.precision)
-    run, baseline = RunFolder.of_model(settings), settings.baseline(settings.model_name)
+    baseline = settings.baseline(settings.model_name)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
-    check_writable(run.books, baseline.parent)
+    check_writable(run.books, baseline.parent, files=[*run.files, baseline])
     catemapper = map_splits(splits, settings.feature_map_rate)
 
-    model = fresh_model(settings, catemapper.field_dims, splits.train.numerical_num, device)
+    model = fresh_model(settings, splits, catemapper.field_dims, device)
     identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
     stopper, metrics = slfit(model, splits, settings, run, identity, device)
-    catemapper.save(run.books / "catemapper.json")
+    catemapper.save(run.catemapper)
     saved = [run.model]
     if settings.weighting == "equal":  # other weightings are measured against the baseline, and leave it alone
         save_model(baseline, model, identity)
@@ -73,14 +84,13 @@ def train_baseline(settings: SLArguments) -> list[Metrics]:
     return metrics
 
 
-def polish(settings: SLArguments) -> list[Metrics]:
+def polish(settings: SLArguments, run: RunFolder, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
-    device, run = pick_device(settings.device, settings.precision), RunFolder.of_model(settings)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
-    check_writable(run.books)
+    check_writable(run.books, files=run.files)
     field_dims = map_splits(splits, settings.feature_map_rate).field_dims
 
-    model = fresh_model(settings, field_dims, splits.train.numerical_num, device)
+    model = fresh_model(settings, splits, field_dims, device)
     scratch = copy.deepcopy(model.state_dict())  # where the baseline itself began: with weights of 1 it comes out again
     identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
     load_model(settings.baseline(settings.model_name), model, identity,
@@ -102,12 +112,16 @@ def polish(settings: SLArguments) -> list[Metrics]:
     return metrics
 
 
-def fresh_model(settings: SLArguments, field_dims: list[int], numerical_num: int, device: torch.device) -> nn.Module:
-    """The untrained model of the settings; the same seed gives the same weights."""
+def fresh_model(settings: SLArguments, splits: Splits, field_dims: list[int], device: torch.device) -> nn.Module:
+    """The untrained model of the settings; the same seed gives the same weights. One whose training would not fit is
+    refused before it takes any memory: UserError."""
+    build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
+                    settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
+                    settings.window)
+    check_training(size_of(build, field_dims, settings.embed_dim), settings.model_name,
+                   min(settings.batch_size, len(splits.train)), device)
     set_seed(settings.seed)
-    return get_model(settings.model_name, field_dims, numerical_num, settings.task_num, settings.expert_num,
-                     settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
-                     settings.window).to(device)
+    return build().to(device)
 
 
 def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:
@@ -133,7 +147,7 @@ def print_possible(test: RetailRocketRLDataset, task: int, metrics: Metrics) -> 
               f"{(metrics.auc - 0.5) / (best - 0.5):.0%} of the way from 0.5")
 
 
-@exit_on_user_error
+@partial(exit_on_user_error, resumes=True)
 def _command() -> None:
     main(**vars(parse(SLArguments, __doc__ or "")))
 

@@ -45,6 +45,7 @@ class Sessions:
         self.labels, self.session = dataset.labels, dataset.session
         self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
         self.ends = np.append(self.starts[1:], len(self.session)) - 1  # (S,) last row of each session
+        self.longest = int((self.ends - self.starts).max()) + 1  # rows
         self.first = first_rows(self.session)  # (n,)
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
 

@@ -15,16 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from agents.ReplayBuffer import ReplayBuffer, Transition
+from dataset.files import UserError
 from env import MTEnv
 from layers import Critic, CriticNeg
 from layers.session import SessionCritic, SessionModel, inner_of, input_of, make_critic
 from slmodels import build
 from train import world
 from train.Arguments import named
-from train.checkpoint import load_model, put_weights, save_model, sight
-from train.utils import get_optim_param, set_optim_param
+from train.checkpoint import load_model, load_tensors, put_weights, save_model, sight
+from train.numbers import FirstBad, bad_tensor
+from train.utils import get_optim_param, set_optim_param, weights_digest
 
 Tensors = dict[str, Tensor]
+NETWORKS = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
 POLICY_NOISE, NOISE_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
 
 
@@ -82,6 +85,7 @@ class DDPG_ESMM:
         for frozen in (self.pretrain_actor, self.actor_target, self.critic1_target, self.critic2_target):
             frozen.eval().requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=actor_lr, fused=True)
+        self.watches = [FirstBad(device, 50) for _ in range(self.task_num)]  # of the critics' losses
         self.critic1_optimizer = torch.optim.Adam(self.critic1.parameters(), lr=critic_lr, fused=True)
         self.critic2_optimizer = torch.optim.Adam(self.critic2.parameters(), lr=critic_lr, fused=True)
 
@@ -91,8 +95,7 @@ class DDPG_ESMM:
                 (self.critic2, self.critic2_target, self.critic2_optimizer)][: self.task_num]
 
     def networks(self) -> dict[str, nn.Module]:
-        names = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in NETWORKS}
 
     @torch.no_grad()
     def select_action(self, state: NDArray[np.float32], noise: bool = True) -> NDArray[np.float32]:
@@ -182,6 +185,8 @@ class DDPG_ESMM:
         for task, (critic, target, optimizer) in enumerate(self.critics()):
             critic.train()
             closs = self.get_closs(task, critic, target, transition)
+            if bad := self.watches[task].see(self.updates + 1, closs):
+                raise self.diverged(f"the loss of critic{task + 1} (task {task}) is {float(closs.detach())}", bad[1])
             optimizer.zero_grad()
             (part * closs).backward()
             world.sum_gradients(critic)
@@ -189,6 +194,12 @@ class DDPG_ESMM:
             closses.append(closs.detach())
         self.updates += 1
         return world.total(part * torch.stack(closses))
+
+    def diverged(self, what: str, update: int) -> UserError:
+        """The one line for a number that is none at an update; it names the tensor."""
+        tensor = bad_tensor(self.networks()) or "Q or the target, of finite weights"
+        return UserError(f"{what} at update {update} (NaN or infinity in {tensor}): try a smaller --critic_lr; "
+                         "the last good epoch is kept")
 
     def _actor_losses(self, transition: Tensors, part: float) -> tuple[Tensor, Tensor]:
         self.actor.train()
@@ -208,14 +219,20 @@ class DDPG_ESMM:
                 follower.lerp_(leader, tau)
 
     def save_or_load_agent(self, cwd: str, if_save: bool) -> None:
-        """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError."""
-        identity = {**self.identity, **sight(self.critic_encoder, self.env.sessions.window, "critic_")}
+        """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
+
+        Each says of which `agent` it is, so that networks of two runs, one stopped while it wrote, are told apart.
+        """
+        paths = {name: Path(cwd) / f"{name}.pth" for name in self.networks()}
+        remedy = "train them anew: python3 RLmain.py"
+        agent = (weights_digest(*self.networks().values()) if if_save
+                 else load_tensors(paths["pretrain_actor"], remedy).get("agent"))
+        identity = {**self.identity, **sight(self.critic_encoder, self.env.sessions.window, "critic_"), "agent": agent}
         for name, network in self.networks().items():
-            path = Path(cwd) / f"{name}.pth"
             if if_save:
-                save_model(path, network, identity)
+                save_model(paths[name], network, identity)
             else:
-                load_model(path, network, identity, "train them anew: python3 RLmain.py")
+                load_model(paths[name], network, identity, remedy)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but for the memory and the random numbers."""

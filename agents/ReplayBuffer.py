@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.files import UserError, atomic_file, check_memory, open_sealed, seal
+from dataset.files import UserError, atomic_file, open_sealed, seal
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
@@ -36,7 +36,6 @@ class ReplayBuffer:
     def __init__(self, state_dim: int, action_dim: int, size: int, batch_size: int, seed: int = 0) -> None:
         widths = {"state": state_dim, "action": action_dim, "next_state": state_dim, "reward": action_dim,
                   "label": action_dim}
-        check_memory(4.0 * size * (sum(widths.values()) + 1), f"--memory_size={size}, states of {state_dim} numbers")
         # One row a transition, so that a batch is one gather; `data` names its columns.
         self.rows: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
         ends = np.cumsum(list(widths.values()))
@@ -52,9 +51,18 @@ class ReplayBuffer:
 
     def store(self, state: Floats, action: Floats, next_state: Floats, reward: Floats, done: Any,
               label: Floats) -> None:
-        """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ..."""
+        """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ...
+
+        Raises UserError where a number is none: it would come back as a loss that is none, much later.
+        """
         given = {"state": state, "action": action, "next_state": next_state, "reward": reward, "label": label}
         rows = {name: np.atleast_2d(value)[-self.max_size:] for name, value in given.items()}
+        for name, value in rows.items():
+            if not np.isfinite(value).all():
+                row, column = np.argwhere(~np.isfinite(value))[0]
+                where = f"column {column}" if name.endswith("state") else f"task {column}"
+                raise UserError(f"replay memory: the {name} of transition {self.stored + row}, {where}, is "
+                                f"{value[row, column]}: it is not stored, and nothing is trained on it")
         rows["done"] = np.atleast_1d(done)[-self.max_size:]
         at = (self.next + np.arange(len(rows["done"]))) % self.max_size
         for name, value in rows.items():

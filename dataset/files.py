@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import datetime
 import difflib
 import functools
 import gzip
@@ -16,8 +17,12 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
+import signal
 import sys
+import threading
+import time
 import warnings
 import zipfile
 import zlib
@@ -28,6 +33,9 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import pandas as pd
+
+if sys.platform != "win32":
+    import fcntl
 
 Kind = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
 Problem = tuple[int, str, str]  # line, column, what is wrong
@@ -49,23 +57,62 @@ class UserError(Exception):
         super().__init__("".join(char if char.isprintable() else "?" for char in text))
 
 
-def exit_on_user_error(main: Callable[[], None]) -> Callable[[], None]:
-    """Wrap a program's entry: `UserError` becomes one line and exit code 2, Ctrl-C one line and exit code 130."""
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: whatever ends well on Ctrl-C ends well on this."""
+
+
+def exit_on_user_error(main: Callable[[], None], resumes: bool = False) -> Callable[[], None]:
+    """Wrap a program's entry: it ends in one line and a code that says how.
+
+    2: `UserError`, or the system refuses (memory, a full disk under the output). 130 and 143: Ctrl-C and SIGTERM, with
+    the command that goes on: the same, with `--resume` where the program `resumes` and has begun its books.
+    """
 
     @functools.wraps(main)
     def wrapped() -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             main()
+            sys.stdout.flush()
         except UserError as error:
-            if company.leads:
-                print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("\nstopped: what was finished is kept; the same command with --resume goes on where it has one",
-                  file=sys.stderr)
-            sys.exit(130)
+            _end(f"error: {error}", 2)
+        except MemoryError as error:
+            _end(f"error: out of memory ({error or 'no more is given'}): take fewer rows, a smaller batch or model", 2)
+        except OSError as error:
+            _end(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
+        except KeyboardInterrupt as stop:
+            more = " --resume" if resumes and books_begun and "--resume" not in sys.argv else ""
+            _end(f"stopped: nothing is left half-written; to go on: {own_command()}{more}",
+                 143 if isinstance(stop, Terminated) else 130)
 
     return wrapped
+
+
+books_begun = False  # whether there is something to resume: set by `train.checkpoint.RunFolder.open`
+
+
+def own_command() -> str:
+    """The command that started this program, as it is typed."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    return shlex.join(["python3", *program, *sys.argv[1:]])
+
+
+def _terminate(_number: int, _frame: object) -> None:
+    raise Terminated
+
+
+def _end(line: str, code: int) -> None:
+    """Say one line, below a progress bar if there is one, and exit."""
+    with contextlib.suppress(OSError):
+        if company.leads:
+            print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody reads it any more, or its disk is full: the interpreter shall not try again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -92,7 +139,10 @@ def _as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or path}: cannot be written: {error.strerror or error}") from error
+        blamed = str(error.filename or path)
+        if blamed.endswith(f".{os.getpid()}.partial"):  # the user knows it by its final name
+            blamed = str(path)
+        raise UserError(f"{blamed}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -129,12 +179,93 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_writable(*folders: Path) -> None:
-    """Make the folders, and try to write in each: better refused now than after an hour. Raises UserError."""
+def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
+    """Make the folders and try to write in each, and see that the places of `files` are free: better refused now than
+    after an hour. What processes now dead had begun to write there is removed. Raises UserError."""
     for folder in folders:
         with atomic_file(folder / ".writable") as partial:
             partial.touch()
         (folder / ".writable").unlink(missing_ok=True)
+        _sweep(folder)
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"{file}: cannot be written: a folder is in the way of the file: move it away")
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the `<name>.<process id>.partial` of processes that are dead."""
+    for path in folder.glob("*.partial"):
+        owner = path.name.split(".")[-2]
+        if owner.isdigit() and not _is_alive(int(owner)):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # somebody else's; no process id at all
+        pass
+    return True
+
+
+@contextmanager
+def only_run(*places: Path) -> Iterator[None]:
+    """Be the only run that writes to these folders and files. Raises UserError naming the run that is there already.
+
+    The lock of a place is `.<name>.lock` beside it. The kernel holds it (flock) as long as the process lives, so one
+    left behind by a dead process stops nobody, however it died and whoever has its id now. Of several processes that
+    run together (`company`) the leader locks.
+    """
+    with contextlib.ExitStack() as held:
+        for place in places if company.leads else ():
+            lock = place.parent / f".{place.name}.lock"
+            with _as_user_error(lock):
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                file = _locked(lock, place)
+            held.callback(os.close, file)
+            held.callback(lock.unlink, missing_ok=True)  # first: once it is closed another may have it
+        yield
+
+
+def _locked(lock: Path, place: Path) -> int:
+    """Open and lock the file `lock`, and write into it who holds it; return its descriptor."""
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if sys.platform != "win32":  # there two runs are not told apart
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file), lock.stat()):
+                break
+        except BlockingIOError:
+            os.close(file)
+            raise UserError(f"{place}: {_holder(lock)} is writing there: wait until it has ended, or stop it") from None
+        except FileNotFoundError:  # removed by the one that had it, between two looks at it: the next one is new
+            pass
+        os.close(file)
+    try:
+        os.ftruncate(file, 0)
+        os.write(file, json.dumps({"pid": os.getpid(), "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
+                                   "command": own_command()}).encode())
+    except OSError:
+        lock.unlink(missing_ok=True)
+        os.close(file)
+        raise
+    return file
+
+
+def _holder(lock: Path) -> str:
+    """Who holds a lock; it writes that right after taking it."""
+    for _ in range(20):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            saved = json.loads(lock.read_text(encoding="utf-8"))
+            return f"process {saved['pid']}, started {saved['started']} ({saved['command']}),"
+        time.sleep(0.05)
+    return "another process"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -250,12 +381,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def check_memory(needed: float, what: str) -> None:
-    """Raise UserError where so many bytes are not free: better refused now than killed halfway."""
-    free = _free_memory()
+def check_memory(needed: float, what: str, free: float | None = None) -> None:
+    """Raise UserError where so many bytes are not free (None: of the system's memory): better refused now than killed
+    halfway."""
+    free = _free_memory() if free is None else free
     if needed > free:
         raise UserError(f"{what}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB are "
-                        "free: take fewer rows, or a machine with more memory")
+                        "free: take fewer rows, something smaller, or a machine with more memory")
 
 
 def _free_memory() -> float:

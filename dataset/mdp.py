@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from dataset.files import Kind, UserError, atomic_folder, read_chunks, sha256, write_json
+from dataset.files import Kind, UserError, atomic_folder, check_memory, read_chunks, sha256, write_json
 
 SPLITS = ("train", "val", "test")
+GZIP = 6  # bytes of a log in a byte of its .gz, about
 NEVER = np.iinfo(np.int64).max
 
 
@@ -130,6 +131,13 @@ def print_account(tables: Tables) -> None:
     after = int((tables.splits["train"]["timestamp"] > tables.boundary).sum())
     print(f"the first validation session starts at {pd.Timestamp(tables.boundary, unit='ms'):%Y-%m-%d %H:%M:%S} UTC; "
           f"{after:,} rows of train sessions are later than that\n")
+
+
+def check_sizes(bytes_a_byte: Mapping[Path, float]) -> None:
+    """Refuse raw files that would not fit into memory; of each the bytes that a byte of CSV takes. Raises UserError."""
+    sizes = {path: path.stat().st_size * (GZIP if path.suffix == ".gz" else 1) for path in bytes_a_byte}
+    check_memory(sum(sizes[path] * factor for path, factor in bytes_a_byte.items()),
+                 f"{next(iter(sizes)).parent}: {sum(sizes.values()) / 2**30:.1f} GiB of CSV")
 
 
 def find(raw: Path, stem: str, what: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset import kuairand, retailrocket
-from dataset.files import UserError, check_writable, exit_on_user_error
+from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from dataset.mdp import print_account, write
 
 SOURCES = {"retailrocket": retailrocket, "kuairand": kuairand}
@@ -41,14 +41,15 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int | N
     min_session = SOURCES[source].SESSION_ROWS if min_session is None else min_session
     if session_gap < 0 or not np.isfinite(session_gap) or min_session < 1:
         raise UserError("--session_gap is minutes, 0 or more; --min_session is 1 or more")
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder: --raw takes the folder that holds the raw files")
-    check_writable(out.parent)
-    tables = SOURCES[source].read(raw, session_gap, min_session)
-    print_account(tables)
-    write(tables, out, {"session_gap": session_gap, "min_session": min_session})
+    with only_run(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
+        check_writable(out.parent)
+        tables = SOURCES[source].read(raw, session_gap, min_session)
+        print_account(tables)
+        write(tables, out, {"session_gap": session_gap, "min_session": min_session})
 
 
 @exit_on_user_error

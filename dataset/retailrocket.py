@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dataset.files import Kind, UserError, read_json, read_table
-from dataset.mdp import NEVER, Line, SideTable, Tables, find, read_with_progress
+from dataset.mdp import NEVER, Line, SideTable, Tables, check_sizes, find, read_with_progress
 from dataset.simulate import Size, read_truth, size_of
 
 EVENTS = ("view", "addtocart", "transaction")
@@ -34,6 +34,7 @@ EVENT_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "event": "
                                 "transactionid": "optional_id"}
 PROPERTY_KINDS: dict[str, Kind] = {"timestamp": "id", "itemid": "id", "property": "text", "value": "optional_text"}
 SESSION_ROWS = 2
+EVENT_BYTES, PROPERTY_BYTES = 8.0, 1.0  # of memory a byte of CSV, measured; properties are read piece by piece
 
 
 def read(raw: Path, session_gap: float, min_session: int) -> Tables:
@@ -48,6 +49,7 @@ def read(raw: Path, session_gap: float, min_session: int) -> Tables:
         raise UserError(f"{raw}: no item_properties*.csv: Kaggle has item_properties_part1.csv and _part2.csv")
     tree_file = next((path for path in raw.glob("category_tree.csv*") if path.suffix in (".csv", ".gz")), None)
 
+    check_sizes({event_file: EVENT_BYTES, **dict.fromkeys(property_files, PROPERTY_BYTES)})
     table, account = _sessions(_read_events(event_file), session_gap, min_session)
     cuts, boundary = _cut(table)
     items, item_account = _item_table(property_files, np.unique(table["itemid"]), boundary)

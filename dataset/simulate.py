@@ -31,7 +31,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, atomic_folder, exit_on_user_error, read_table, write_json
+from dataset.files import (
+    Kind,
+    UserError,
+    atomic_folder,
+    check_memory,
+    check_writable,
+    exit_on_user_error,
+    only_run,
+    read_table,
+    write_json,
+)
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -64,6 +74,8 @@ UNAVAILABLE = -2.5  # on worth, where available is 0
 TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
                                 "p_pay": "number", "intent": "number", "mood": "number", "category": "id",
                                 "position": "id"}
+# Of memory, each, at the most: 310 an event and 116 a property row were measured; an item has its state of every week.
+BYTES = {"events": 350, "property_rows": 130, "items": 400}
 FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
 
 
@@ -198,9 +210,16 @@ class Shop:
 
 def simulate(out: Path, size: Size) -> None:
     """Write a raw log into the folder `out`, which must not exist. Raises UserError."""
-    if out.exists():
-        raise UserError(f"{out} exists already: choose another --out, or remove it first")
-    shop = Shop(size)
+    with only_run(out):
+        if out.exists():
+            raise UserError(f"{out} exists already: choose another --out, or remove it first")
+        check_writable(out.parent)
+        check_memory(sum(getattr(size, name) * count for name, count in BYTES.items()),
+                     f"a simulated log of {size.events:,} events and {size.property_rows:,} property rows")
+        _write(Shop(size), out)
+
+
+def _write(shop: Shop, out: Path) -> None:
     with atomic_folder(out) as folder:
         events, truth = _log(shop)
         events.to_csv(folder / "events.csv", index=False)
@@ -210,7 +229,7 @@ def simulate(out: Path, size: Size) -> None:
         properties[:half].to_csv(folder / "item_properties_part1.csv", index=False)
         properties[half:].to_csv(folder / "item_properties_part2.csv", index=False)
         _category_tree(shop).to_csv(folder / "category_tree.csv", index=False)
-        write_json(folder / "simulation.json", {"simulated": True, **asdict(size)})
+        write_json(folder / "simulation.json", {"simulated": True, **asdict(shop.size)})
 
 
 def size_of(simulation: Any, file: Path) -> Size:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import layers.session
 import RLmain
 import SLmain
-from agents import DDPG_ESMM, DDPG_ESMM_BC, ReplayBuffer
+from agents import DDPG_ESMM, DDPG_ESMM_BC
 from agents.DDPG_ESMM import start_from_actor
 from dataset.rtrl import Batches, RetailRocketRLDataset
 from env import MTEnv
@@ -304,11 +304,6 @@ def test_ddpg_trains_the_actors_encoder_through_the_critics(tmp_path: Path, enco
     for _ in range(2):
         agent.update()
     assert not torch.equal(agent.actor.encoder.step.weight, before)
-
-
-def test_a_memory_of_windows_that_cannot_fit_is_refused() -> None:
-    assert "--memory_size=500000, states of 1000000000 numbers" in complaint(
-        lambda: ReplayBuffer(10**9, 2, 500_000, 8))
 
 
 def test_a_critic_that_sees_the_session_starts_from_an_actor_of_its_kind() -> None:

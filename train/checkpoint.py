@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import hashlib
 import io
 import math
 import os
 import reprlib
-import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +23,7 @@ from train.utils import Metrics
 
 # What a model file says of the model besides its weights; a reader whose own differ refuses the file.
 Identity = Mapping[str, Any]
+MAY_DIFFER = ("resume", "device", "epoch", "refill")  # settings that a run which goes on may change
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -32,7 +31,12 @@ def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
     value, the same bytes."""
     with atomic_file(path) as partial:
         with open(partial, "wb") as file:  # given a path, torch writes its name into the file
-            torch.save(dict(value), file)
+            try:
+                torch.save(dict(value), file)
+            except RuntimeError as error:  # torch hides behind it what the system said: that the disk is full, say
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
         seal(partial)
 
 
@@ -106,14 +110,6 @@ def _is_same(one: Any, other: Any) -> bool:
     return type(one) is type(other) and bool(one == other)
 
 
-def weights_digest(model: nn.Module) -> str:
-    """A fingerprint of a model's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else reprlib.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
@@ -136,8 +132,9 @@ class RunFolder:
     """Where a run writes: its books (config.json, metrics.csv, curves.png, state.pt) and, beside them or in the folder
     above, its best model `<name>.pt`.
 
-    `state.pt` is written last: whatever else is there belongs to it, or will be written again by the run that goes on
-    from it.
+    What lies there is of one run, whenever it was stopped: a run that starts anew sets aside all that an earlier one
+    left, and one that goes on the metrics, which are written at the end only. So metrics.csv is what came of
+    config.json, or not there.
     """
 
     def __init__(self, folder: Path, name: str, books: Path | None = None) -> None:
@@ -149,6 +146,9 @@ class RunFolder:
         self.curves = self.books / "curves.png"
         self.weights = self.books / "weights.png"
         self.weights_table = self.books / "weights.csv"
+        self.catemapper = self.books / "catemapper.json"
+        self.files = [self.state, self.metrics, self.curves, self.weights, self.weights_table, self.catemapper,
+                      self.model, self.config]
 
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
@@ -174,33 +174,56 @@ class RunFolder:
         name = f"res_{middle}_{actor_name}"
         return cls(Path(save_dir) / name, name)
 
-    def open(self, settings: Mapping[str, Any], fingerprint: str, resume: bool,
-             may_differ: Sequence[str] = ("resume", "device", "epoch", "refill")) -> dict[str, Any] | None:
-        """Begin: return the state to go on from, or None. Raises UserError if it belongs to other settings or data.
+    def open(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
+             origin: Mapping[str, str], resume: bool) -> dict[str, Any] | None:
+        """Begin: write config.json, and return the state to go on from, or None.
 
-        Without `resume` the state of an earlier run is set aside as `state.previous.pt`.
+        Without `resume` what an earlier run left is set aside as `state.previous.pt`, `metrics.previous.csv` and so on.
+
+        Args:
+            settings: what was asked for.
+            manifest, fingerprint: of the data.
+            origin: digests of what the run starts from: `start`, the weights; of a polish run `critics`, too.
+            resume: go on from `state.pt`. Raises UserError if it is of other settings, data or origin.
         """
-        if not resume:
-            if files.company.leads and self.state.exists():
-                os.replace(self.state, self.state.with_name("state.previous.pt"))
-            return None
+        state = self._state_of(settings, fingerprint, origin) if resume else None
+        if files.company.leads:
+            for path in [self.metrics] if state is not None else self.files:
+                if path.exists():
+                    os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+        files.company.wait()
+        write_json(self.config, {"command": files.own_command(), "settings": dict(settings),
+                                 "torch": torch.__version__, "threads": torch.get_num_threads(), **origin,
+                                 "data_fingerprint": fingerprint, "data": dict(manifest)})
+        files.books_begun = True
+        return state
+
+    def _state_of(self, settings: Mapping[str, Any], fingerprint: str,
+                  origin: Mapping[str, str]) -> dict[str, Any] | None:
+        """The state of the run that was stopped; None where there is none."""
         if not self.state.exists():
             print(f"{self.books}: nothing to resume: starting from the first epoch")
             return None
-        state = load_tensors(self.state, "run without --resume to start anew")
+        anew = "run without --resume to start anew"
+        state = load_tensors(self.state, anew)
         if state.get("fingerprint") != fingerprint:
-            raise UserError(f"{self.state}: that run was on other data: run without --resume to start anew")
+            raise UserError(f"{self.state}: that run was on other data: {anew}")
         saved = state.get("settings")
         saved = saved if isinstance(saved, dict) else {}
         other = [name for name, value in settings.items()
-                 if not _is_same(saved.get(name), value) and name not in may_differ]
+                 if not _is_same(saved.get(name), value) and name not in MAY_DIFFER]
         if other:
             raise UserError(f"{self.state}: that run had --{other[0]}={_short(saved.get(other[0]))}, this one has "
-                            f"{settings[other[0]]}: use the same settings, or run without --resume to start anew")
+                            f"{settings[other[0]]}: use the same settings, or {anew}")
         epoch, going, rows = (state.get(name) for name in ("epoch", "going", "metrics"))
         if type(epoch) is not int or not isinstance(going, bool) or not isinstance(rows, list) or not rows or not all(
                 isinstance(row, dict) and "epoch" in row for row in rows):
-            raise UserError(f"{self.state}: not the state of a run: run without --resume to start anew")
+            raise UserError(f"{self.state}: not the state of a run: {anew}")
+        began = state.get("origin")
+        for name, digest in origin.items():
+            if not isinstance(began, dict) or began.get(name) != digest:
+                what = {"start": "another baseline", "critics": "other critics"}[name]
+                raise UserError(f"{self.state}: that run began with {what}, trained anew since then: {anew}")
         return state
 
     @contextlib.contextmanager
@@ -213,13 +236,6 @@ class RunFolder:
             reason = " ".join(str(error).split())[:120]
             raise UserError(f"{self.state}: not the state of such a run ({reason}): run without --resume to start "
                             "anew") from error
-
-    def write_config(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
-                     start: str) -> None:
-        """Write what was asked for, on which data, and the digest of the weights that the run started from."""
-        write_json(self.config, {"command": " ".join(["python3", *sys.argv]), "settings": dict(settings),
-                                 "torch": torch.__version__, "threads": torch.get_num_threads(),
-                                 "start": start, "data_fingerprint": fingerprint, "data": dict(manifest)})
 
     def write_metrics(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write the table of metrics, figures in full."""

@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from agents import DDPG_ESMM
 from agents.DDPG_ESMM_BC import DDPG_ESMM_BC
-from dataset.files import UserError
+from dataset.files import UserError, only_run
 from env import MTEnv, reward_of
 from layers.critic import zero_share
 from train.checkpoint import RunFolder, save_tensors
+from train.numbers import bad_tensor, worst_return
 from train.plots import plot_panels
-from train.utils import ConvergeStopper, measure, restore, set_seed
+from train.utils import ConvergeStopper, measure, restore, set_seed, weights_digest
 
 Floats = NDArray[np.float32]
 Policy = Callable[[Floats], Floats]
@@ -55,7 +56,7 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
                            memory_path: str, *, run: RunFolder | None = None, seed: int = 2022,
                            memory_identity: dict[str, Any] | None = None, refill: bool = False,
                            epoch_updates: int = 200, stopper: ConvergeStopper | None = None,
-                           settings: dict[str, Any] | None = None,
+                           settings: dict[str, Any] | None = None, manifest: dict[str, Any] | None = None,
                            resume: bool = False) -> list[dict[str, Any]]:
     """Fill the memory, or read it, and train until the critics converge; return a row of figures an epoch.
 
@@ -66,18 +67,19 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
         init_episode: sessions of uniform actions, before the pass of the pretrained actor with noise.
         save_dir: where the agent is saved at the end, and the state to resume from after every epoch.
         memory_path: the memory is read from there if it is of `memory_identity`, else filled and written there.
+        settings, manifest: of the run and its data, for the books.
 
-    Raises UserError: a memory of another identity, a loss that is no number, a critic that stays dead.
+    Raises UserError: a memory of another identity, a loss that is no number, a critic that diverges or stays dead.
     """
     run = run or RunFolder(Path(save_dir), Path(save_dir).name)
     stopper = stopper or ConvergeStopper(3, 0.02)
+    fingerprint, origin = str(agent.identity.get("data")), {"start": weights_digest(agent.pretrain_actor)}
+    state = run.open(settings or {}, manifest or {}, fingerprint, origin, resume)
     _prepare_memory(agent, init_episode, Path(memory_path), memory_identity or {}, seed, refill)
     if isinstance(agent, DDPG_ESMM_BC):
         agent.prepare()
     rows: list[dict[str, Any]] = []
     revived, first, going = 0, 1, True
-    fingerprint = str(agent.identity.get("data"))
-    state = run.open(settings or {}, fingerprint, resume)
     if state is not None:
         with run.restoring():
             agent.load_state_dict(state["agent"])
@@ -91,6 +93,7 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
         agent.memory.reseed(seed, number)
         losses = _train_epoch(agent, epoch_updates)
         figures = judge(environment, agent)
+        _check_size(environment, agent, number, {**losses, **figures})
         rows.append({"epoch": number, **losses, **figures})
         dead = [task for task in range(agent.task_num)
                 if figures[f"zero_share_{task}"] > DEAD or figures[f"spread_{task}"] < CONSTANT]
@@ -113,7 +116,7 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
               + ", ".join(f"{one:.4f}" for one in td) + "; rank correlation " + ", ".join(f"{one:.3f}" for one in rank))
         save_tensors(run.state, {"epoch": number, "going": going, "agent": agent.state_dict(), "metrics": rows,
                                  "stopper": dict(vars(stopper)), "revived": revived, "settings": settings or {},
-                                 "fingerprint": fingerprint})
+                                 "fingerprint": fingerprint, "origin": origin})
     print(f"converged in epoch {rows[-1]['epoch']}: the critic loss changed by less than {stopper.tolerance:.1%} for "
           f"{stopper.num_trials} epochs" if not going else
           f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch); last change of the critic loss "
@@ -133,15 +136,17 @@ def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, identity: d
     rng = np.random.default_rng([seed, 0])
     count = len(agent.env.sessions.starts)
     chosen = np.resize(rng.permutation(count), init_episode)
-    if init_episode:
-        fill(agent, lambda state: rng.random((len(state), agent.task_num), np.float32), chosen)
-    one_iter_offline(agent)
-    agent.memory.save(path, identity)
+    with only_run(path):
+        if init_episode:
+            fill(agent, lambda state: rng.random((len(state), agent.task_num), np.float32), chosen)
+        one_iter_offline(agent)
+        agent.memory.save(path, identity)
     print(f"{path}: filled with {len(agent.memory):,} transitions: {init_episode:,} sessions of uniform actions, and "
           f"all {count:,} of the pretrained actor with noise")
 
 
 def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
+    """Make an epoch's updates; return the mean losses. Raises UserError where a loss or a parameter is no number."""
     sums = torch.zeros(4, device=agent.device)
     with tqdm(range(1, updates + 1), "critics", unit="update", leave=False, disable=None) as bar:
         for step in bar:
@@ -149,10 +154,25 @@ def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
             if step % 50 == 0 or step == updates:
                 bar.set_postfix(critic_loss=f"{float(sums[0] + sums[1]) / step:.4f}")
     closs1, closs2, aloss, aloss_reg = (sums / updates).tolist()
-    for name, value in (("critic1", closs1), ("critic2", closs2), ("actor", aloss)):
+    for name, value in (("critic1", closs1), ("critic2", closs2), ("actor", aloss + aloss_reg)):
         if not np.isfinite(value):
-            raise UserError(f"the loss of {name} is {value} after {agent.updates} updates: try a smaller --critic_lr")
+            raise agent.diverged(f"the mean loss of {name} is {value}", agent.updates)
+    if bad_tensor(agent.networks()):
+        raise agent.diverged("a weight is no number", agent.updates)
     return {"critic_loss": closs1 + closs2, "closs1": closs1, "closs2": closs2, "aloss": aloss, "aloss_reg": aloss_reg}
+
+
+def _check_size(environment: MTEnv, agent: DDPG_ESMM, number: int, figures: dict[str, float]) -> None:
+    """Refuse critics whose values no policy can have. Raises UserError."""
+    sessions = environment.sessions
+    longest = max(sessions.longest, agent.env.sessions.longest)
+    bound = worst_return(float(sessions.reward_space.low[0]), agent.gamma, longest)
+    for task in range(agent.task_num):
+        size, loss = figures[f"mean_abs_q_{task}"], figures[f"closs{task + 1}"]
+        if size > bound or (loss > bound**2 and not agent.ips):
+            raise UserError(f"critic {task + 1} (task {task}) diverged in epoch {number}: its mean |Q| is {size:.4g}, "
+                            f"its loss {loss:.4g}, but no return is beyond {bound:.4g}: try a smaller --critic_lr or "
+                            "--gamma; the last good epoch is kept")
 
 
 def discounted_returns(rewards: Floats, starts: NDArray[np.int64], ends: NDArray[np.int64],
@@ -186,8 +206,8 @@ def play(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
 
 def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
     """Per task, on sessions held out: TD error (mean square), rank correlation (Spearman) of Q with the observed
-    discounted return, share of zero outputs and standard deviation of Q; and the score, a session's mean return
-    without discount."""
+    discounted return, share of zero outputs, standard deviation of Q and mean |Q|; and the score, a session's mean
+    return without discount."""
     played, sessions = play(environment, agent), environment.sessions
     next_q = np.append(played["q"][1:], played["q"][:1], axis=0)
     next_q[sessions.ends] = 0.0  # nothing is expected past a session's end
@@ -199,6 +219,7 @@ def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
         figures[f"rank_correlation_{task}"] = rank_correlation(q, played["return"][:, task])
         figures[f"zero_share_{task}"] = zero_share(torch.from_numpy(q))
         figures[f"spread_{task}"] = float(q.std())
+        figures[f"mean_abs_q_{task}"] = float(np.abs(q).mean())
     return figures
 
 

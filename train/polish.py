@@ -40,7 +40,9 @@ def make_polisher(model: nn.Module, settings: SLArguments, identity: Mapping[str
     for name in CRITICS[: settings.task_num]:
         path = folder / f"{name}.pth"
         remedy = "train critics for this data: " + settings.command("RLmain.py", "actor_name", owner)
-        embed_dim = load_tensors(path, remedy).get("embed_dim")
+        saved = load_tensors(path, remedy)
+        same.setdefault("agent", saved.get("agent"))  # both critics of one run
+        embed_dim = saved.get("embed_dim")
         # Its embedding alone has so many bytes; a file that claims to be larger than it is does not fit.
         smallest = 4 * sum(identity["field_dims"])
         embed_dim = embed_dim if isinstance(embed_dim, int) and 0 < embed_dim * smallest <= path.stat().st_size else 1

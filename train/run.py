@@ -14,6 +14,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,7 +27,8 @@ from layers.session import inner_of, window_of
 from slmodels import AITM, MetaHeac, build
 from train import world
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, put_weights, save_model, save_tensors, weights_digest
+from train.checkpoint import RunFolder, put_weights, save_model, save_tensors
+from train.numbers import FirstBad, bad_column, bad_tensor, leaking_features, leaking_scores
 from train.offline import (
     discounted_returns,
     one_iter_offline,
@@ -36,7 +38,7 @@ from train.offline import (
     train_and_test_offline,
 )
 from train.plots import plot_panels
-from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed
+from train.utils import EarlyStopper, Metrics, get_optim_param, measure, set_optim_param, set_seed, weights_digest
 from train.weighting import Weighting, make_weighting
 
 __all__ = [
@@ -65,6 +67,8 @@ class Polisher(Protocol):
     """What weights the loss: given a batch, of windows if it needs them, a weight for every sample and task (B, T)."""
 
     window: int
+
+    digest: str  # of the critics
 
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor: ...
 
@@ -127,21 +131,21 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
         weighting: how the tasks' losses become one step; default equal. It needs a criterion that does not average.
 
     Returns:
-        The mean loss of the epoch. Raises UserError where it is no longer a number.
+        The mean loss of the epoch. Raises UserError where a loss or a parameter is no number, before the step is made
+        (on a GPU: within `log_interval` steps), naming task, batch and tensor.
     """
     model.train()
     weighting = weighting or Weighting()
     total, rows = torch.zeros((), device=device), 0
+    watch, last = FirstBad(device, log_interval), len(data_loader)
     with tqdm(data_loader, "train", unit="batch", leave=False, disable=None) as bar:
         for step, (categorical_x, numerical_x, labels) in enumerate(bar, start=1):
             (categorical_x, numerical_x, labels), part = world.share(
                 [x.to(device) for x in (categorical_x, numerical_x, labels)])
-            try:
-                losses = _losses(model, categorical_x, numerical_x, labels, criterion, polisher)
-            except RuntimeError as error:  # torch refuses predictions that are not within [0, 1]
-                if "between 0 and 1" not in str(error):
-                    raise
-                raise _diverged("predictions are not numbers") from error
+            losses = _losses(model, categorical_x, numerical_x, labels, criterion, polisher)
+            if bad := watch.see(step, losses, step == last):
+                raise _diverged(f"the loss of task {bad[0]} is no number at epoch {data_loader.epoch}, step {bad[1]}",
+                                model, (categorical_x, numerical_x, labels), polisher)
             optimizer.zero_grad()
             weighting.backward(part * losses, model)
             world.sum_gradients(model)
@@ -149,12 +153,12 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Bat
             weighting.step()
             total += losses.detach().mean() * len(labels)
             rows += len(labels)
-            if step % log_interval == 0 or step == len(data_loader):
+            if step % log_interval == 0 or step == last:
                 bar.set_postfix(loss=f"{float(total) / rows:.4f}")
     total, count = world.total(torch.stack([total, torch.tensor(rows, dtype=total.dtype, device=total.device)]))
     mean = float(total / count)
-    if not np.isfinite(mean):
-        raise _diverged(f"the training loss is {mean}")
+    if not np.isfinite(mean) or bad_tensor({"": model}):
+        raise _diverged(f"after epoch {data_loader.epoch}, step {last}, the mean loss is {mean}", model)
     return mean
 
 
@@ -183,8 +187,24 @@ def _losses(model: nn.Module, categorical_x: Tensor, numerical_x: Tensor, labels
     return losses + inner.penalty(predictions) if isinstance(inner, AITM) else losses
 
 
-def _diverged(what: str) -> UserError:
-    return UserError(f"training diverged: {what}: try a smaller --learning_rate; the last good epoch is kept")
+def cross_entropy(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy (B, T). Where a prediction is no number the loss is none either, and the loops say so;
+    torch's own stops the program there, and on a GPU the whole device."""
+    numbers = predictions.nan_to_num(0.5, 0.5, 0.5)
+    return F.binary_cross_entropy(numbers, labels, reduction="none") + (predictions - predictions).detach()
+
+
+def _diverged(what: str, model: nn.Module, batch: tuple[Tensor, Tensor, Tensor] | None = None,
+              polisher: Polisher | None = None) -> UserError:
+    """The one line. It names the tensor: a parameter, the batch's numbers, the critics' weights; else predictions."""
+    tensor = bad_tensor({"": model})
+    if not tensor and batch is not None:
+        if not torch.isfinite(batch[1]).all():
+            tensor = "numerical_x"
+        elif polisher is not None and not torch.isfinite(polisher.weights(*batch)).all():
+            tensor = "the critics' weights"
+    return UserError(f"training diverged: {what} (NaN or infinity in {tensor or 'predictions'}): try a smaller "
+                     "--learning_rate; the last good epoch is kept")
 
 
 @torch.no_grad()
@@ -214,8 +234,9 @@ def evaluate(model: nn.Module, data_loader: Batches, task_num: int, device: torc
     """AUC, logloss and s-Logloss of each task."""
     labels = data_loader.tensors[2].cpu().numpy()
     predictions = slpred(model, data_loader, task_num, device)
-    if not all(np.isfinite(one).all() for one in predictions):
-        raise _diverged("predictions are not numbers")
+    bad = bad_column(np.column_stack(predictions))
+    if bad is not None:
+        raise _diverged(f"predictions of task {bad} are no numbers", model)
     return [measure(predictions[task], labels[:, task], data_loader.session) for task in range(task_num)]
 
 
@@ -242,13 +263,15 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
     train = Batches(splits.train, settings.batch_size, device, seed=settings.seed,
                     window=max(window, polisher.window if polisher is not None else 0))
     val = Batches(splits.val, EVALUATION_BATCH, device, window=window)
-    criterion = nn.BCELoss(reduction="none")
     weighting = make_weighting(settings.weighting, settings.task_num, settings.learning_rate, device)
     rows: list[dict[str, Any]] = []
     first, going = 1, True
+    names = splits.task_names[: settings.task_num]
+    for split, title in ((splits.train, "training"), (splits.val, "validation"), (splits.test, "test")):
+        _warn(leaking_features(split, title, names))
 
-    state = run.open(asdict(settings), splits.fingerprint, settings.resume)
-    run.write_config(asdict(settings), splits.manifest, splits.fingerprint, weights_digest(model))
+    origin = {"start": weights_digest(model), **({} if polisher is None else {"critics": polisher.digest})}
+    state = run.open(asdict(settings), splits.manifest, splits.fingerprint, origin, settings.resume)
     if state is not None:
         with run.restoring():
             put_weights(model, state["stopper"]["best_state"])  # better refused now than at the end
@@ -268,7 +291,7 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
             break
         set_seed(settings.seed, epoch)
         train.epoch = epoch
-        loss = sltrain(model, optimizer, train, criterion, device, polisher, weighting=weighting)
+        loss = sltrain(model, optimizer, train, cross_entropy, device, polisher, weighting=weighting)
         metrics = evaluate(model, val, settings.task_num, device)
         going = stopper.is_continuable(model, validation_score(metrics), epoch)
         rows.append({"split": "val", "epoch": epoch, "loss": loss, **_named(splits, metrics)})
@@ -281,19 +304,27 @@ def slfit(model: nn.Module, splits: Splits, settings: SLArguments, run: RunFolde
         save_tensors(run.state, {"epoch": epoch, "going": going, "model": model.state_dict(), "metrics": rows,
                                  "optimizer": get_optim_param(optimizer), "stopper": stopper.state_dict(),
                                  "weighting": weighting.state_dict(),
-                                 "settings": asdict(settings), "fingerprint": splits.fingerprint})
+                                 "settings": asdict(settings), "fingerprint": splits.fingerprint, "origin": origin})
     if going:
         print(f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch): validation AUC may still rise")
     model.load_state_dict(stopper.best_state)
     save_model(run.model, stopper.best_state, identity)
     metrics = evaluate_split(model, splits.test, settings.task_num, device)
     run.write_metrics([*rows, {"split": "test", "epoch": stopper.best_epoch, **_named(splits, metrics)}])
+    best = next(row for row in rows if row["epoch"] == stopper.best_epoch)
+    _warn(leaking_scores([best[f"auc_{name}"] for name in names], "validation", names))
+    _warn(leaking_scores([one.auc for one in metrics], "test", names))
     plot_panels(run.curves, _curves(splits.task_names, rows), [row["epoch"] for row in rows], mark=stopper.best_epoch,
                 title=run.name)
     if polisher is not None:
         trained = [row for row in rows if row["epoch"]]
         plot_panels(run.weights, _weight_curves(splits.task_names, trained), title=f"weights of {run.name}")
     return stopper, metrics
+
+
+def _warn(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
 
 
 def validation_score(metrics: Sequence[Metrics]) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,15 @@ def map_splits(splits: Splits, threshold: float) -> Catemapper:
     for split in (splits.train, splits.val, splits.test):
         catemapper.map(split)
     return catemapper
+
+
+def weights_digest(*models: nn.Module) -> str:
+    """A fingerprint of the weights of a model, or of several."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class EarlyStopper:
@@ -186,6 +196,7 @@ class RlLossPolisher:
         self.model, self.polish_lambda, self.method, self.normalise = model, polish_lambda, method, normalise
         self.critics = [critic.eval().requires_grad_(False) for critic in critics]
         self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
+        self.digest = weights_digest(*critics)
         self.seen: list[Tensor] = []
 
     @torch.no_grad()

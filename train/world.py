@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import io
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -49,6 +50,7 @@ def join(device: torch.device) -> torch.device:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     files.company = _Company()
     if RANK:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may wait inside C, and keeps no books
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 -- to the end of the process
         sys.stderr = _NoTerminal(sys.stderr.buffer, line_buffering=True)
     return device
