@@ -14,6 +14,7 @@ import difflib
 import functools
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -453,6 +454,8 @@ def read_chunks(
     }
     rows = words = 0
     try:
+        if _first_width(path) > len(header):  # the empty ones of these would be cut off in silence
+            raise _explained(path, header, kinds)
         with pd.read_csv(path, chunksize=chunk_rows or sys.maxsize, **options) as reader:
             while (chunk := _next_chunk(reader)) is not None:
                 rows += len(chunk)
@@ -529,9 +532,7 @@ def _read_header(path: Path) -> list[str]:
     check_file(path)
     try:
         with _open(path, "rt") as file:
-            rows = _rows(file)
-            _, header = next(rows, (1, []))
-            line, first = next((one for one in rows if one[1]), (1, header))
+            header = next(csv.reader(file), [])
     except UnicodeDecodeError:
         raise _not_text(path) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -543,13 +544,13 @@ def _read_header(path: Path) -> list[str]:
         raise UserError(f"{path}, line 1: column '{_short(twice[0])}' stands there {header.count(twice[0])} times")
     if any("\0" in name for name in header):
         raise UserError(f"{path}, line 1: NUL bytes: damaged, or not UTF-8 text: save it as UTF-8 CSV")
-    if len(first) > len(header):  # which pandas would take for the width of all, and cut off what is too much
-        raise UserError(f"{path}, line {line}, column '{_short(header[-1])}': {_too_long(first, header)}")
     return header
 
 
-def _too_long(row: list[str], header: list[str]) -> str:
-    return f"{len(row)} cells, but the header has {len(header)}"
+def _first_width(path: Path) -> int:
+    """The number of cells of the first row, which pandas takes for the width of all."""
+    with _open(path, "rt") as file:
+        return next((len(row) for _, row in itertools.islice(_rows(file), 1, None) if row), 0)
 
 
 def _not_text(path: Path) -> UserError:
@@ -627,7 +628,7 @@ def _first_problem(path: Path, header: list[str], kinds: Mapping[str, Kind]) -> 
             if not row:
                 continue
             if len(row) > len(header):
-                return line, header[-1], _too_long(row, header)
+                return line, header[-1], f"{len(row)} cells, but the header has {len(header)}"
             if len(row) < len(header):
                 what = f"the row ends after {len(row)} of {len(header)} cells: is the file cut short?"
                 return line, header[len(row)], what

@@ -153,6 +153,11 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
     assert "misspelt" not in text
 
 
+def test_a_header_that_lost_a_comma_is_to_blame_and_not_the_rows(tmp_path: Path) -> None:
+    assert "line 1: column 'itemid' is missing" in complaint(lambda: table_of(tmp_path / "a.csv", "itemid-click,note\n"
+                                                                              "1,0,x\n"))
+
+
 def test_a_misspelt_column_gets_a_hint(tmp_path: Path) -> None:
     text = complaint(lambda: table_of(tmp_path / "a.csv", "itemid,clik,note\n1,0,x\n"))
     assert "line 1" in text
