@@ -76,16 +76,19 @@ def exit_on_user_error(main: Callable[[], None], resumes: bool = False) -> Calla
         try:
             main()
             sys.stdout.flush()
-        except UserError as error:
-            _end(f"error: {error}", 2)
-        except MemoryError as error:
-            _end(f"error: out of memory ({error or 'no more is given'}): take fewer rows, a smaller batch or model", 2)
-        except OSError as error:
-            _end(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
-        except KeyboardInterrupt as stop:
+        except (Exception, KeyboardInterrupt) as error:
             more = " --resume" if resumes and books_begun and "--resume" not in sys.argv else ""
-            _end(f"stopped: nothing is left half-written; to go on: {own_command()}{more}",
-                 143 if isinstance(stop, Terminated) else 130)
+            if (stop := _interruption(error)) is not None:
+                _end(f"stopped: nothing is left half-written; to go on: {own_command()}{more}",
+                     143 if isinstance(stop, Terminated) else 130)
+            if isinstance(error, UserError):
+                _end(f"error: {error}", 2)
+            if isinstance(error, MemoryError):
+                _end(f"error: out of memory ({error or 'no more is given'}): take fewer rows, a smaller batch or model",
+                     2)
+            if isinstance(error, OSError):
+                _end(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
+            raise
 
     return wrapped
 
@@ -98,6 +101,14 @@ def own_command() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
     return shlex.join(["python3", *program, *sys.argv[1:]])
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The Ctrl-C or SIGTERM that an error is, or came of: libraries that are stopped while they write say so with
+    errors of their own."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _terminate(_number: int, _frame: object) -> None:

@@ -115,6 +115,20 @@ def test_a_program_without_resume_is_to_be_run_again(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.endswith("; to go on: python3 -m dataset.prepare --raw raw --out new\n")
 
 
+def test_an_interruption_that_a_library_turns_into_an_error_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """As torch does where it is stopped in the middle of a checkpoint."""
+    def main() -> None:
+        try:
+            raise files.Terminated
+        finally:
+            raise RuntimeError("unexpected pos 704 vs 598")
+
+    with pytest.raises(SystemExit) as stopped:
+        files.exit_on_user_error(main)()
+    assert stopped.value.code == 143
+    assert capsys.readouterr().err.startswith("stopped: ")
+
+
 def test_what_the_dead_had_begun_is_removed_and_what_the_living_write_is_not(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
