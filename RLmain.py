@@ -96,8 +96,8 @@ def check_fits(settings: RLArguments, splits: Splits, field_dims: list[int], dev
     actor = size_of(lambda: get_model(settings.actor_name, field_dims, numbers, settings.task_num, settings.expert_num,
                                       settings.embed_dim, encoder=settings.encoder, window=settings.window),
                     field_dims, settings.embed_dim)
-    critic = size_of(lambda: make_critic(settings.critics_see, settings.window, field_dims, numbers, *sizes), field_dims,
-                     settings.embed_dim)
+    critic = size_of(lambda: make_critic(settings.critics_see, settings.window, field_dims, numbers, *sizes),
+                     field_dims, settings.embed_dim)
     judged = len(splits.val) if splits.val.truth is not None and settings.reward_type == "bce" else 0
     state = (len(field_dims) + numbers) * max(1, settings.state_window)
     transition = 4 * (2 * state + 3 * settings.task_num + 1)  # bytes: numbers of 4 each

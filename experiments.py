@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dataset.files import UserError, check_writable, exit_on_user_error
+from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from grid.arms import GridArguments
 from grid.report import put_into_readme, read_results, write_report
 from grid.runs import run_grid
@@ -28,8 +28,9 @@ def _command() -> None:
     settings = parse(GridArguments, __doc__ or "")
     path = settings.folder / "results.csv"
     if not settings.report:
-        check_writable(settings.folder)
-        run_grid(settings, path)
+        with only_run(settings.folder):
+            check_writable(settings.folder, files=[path, settings.folder / "report.md"])
+            run_grid(settings, path)
     if not path.exists():
         raise UserError(f"{path}: no results yet: run this command without --report")
     asked = command_of("experiments.py", replace(settings, report=False, publish="", out="", workers=0))
