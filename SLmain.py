@@ -101,8 +101,9 @@ def polish(settings: SLArguments, run: RunFolder, device: torch.device) -> list[
     if settings.polish_start == "scratch":
         model.load_state_dict(scratch)
     start = weights_digest(model)
-    write_rows(run.weights_table, weights_against_loss(model, polisher, splits.val, splits.task_names, device))
+    weights = weights_against_loss(model, polisher, splits.val, splits.task_names, device)
     stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)
+    write_rows(run.weights_table, weights)
 
     report(splits, stopper.best_accuracy, metrics)
     print("\n" + summary(settings, start, before, metrics, splits.task_names))

@@ -1,6 +1,6 @@
 """Programs killed at random moments, continued, and compared with an undisturbed run.
 
-    python3 tests/killing.py --trials=50 prepare SLmain RLmain polish
+    python3 tests/killing.py --trials=50 prepare SLmain RLmain polish experiments
 
 A process that has imported everything forks each run, so that a trial costs the run alone; signals, exit codes and
 files are real. Trial by trial SIGKILL and SIGTERM take turns, at a moment that is uniform over the undisturbed run;
@@ -32,13 +32,16 @@ import matplotlib.font_manager  # noqa: E402, F401 -- slow to import: once here,
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
+import experiments  # noqa: E402
 import RLmain  # noqa: E402
 import SLmain  # noqa: E402
 from dataset import prepare, simulate  # noqa: E402
 from dataset.rtrl import load_splits  # noqa: E402
+from grid.report import read_results  # noqa: E402
 from train.checkpoint import load_tensors  # noqa: E402
 
-MAINS = {"dataset.prepare": prepare, "dataset.simulate": simulate, "SLmain.py": SLmain, "RLmain.py": RLmain}
+MAINS = {"dataset.prepare": prepare, "dataset.simulate": simulate, "SLmain.py": SLmain, "RLmain.py": RLmain,
+         "experiments.py": experiments}
 SIZES = ("--embed_dim=8", "--device=cpu")
 
 
@@ -67,6 +70,8 @@ SL = f"SLmain.py --model_name=esmm --epoch=4 --batch_size=256 {' '.join(SIZES)}"
 RL = ("RLmain.py --epoch=4 --epoch_updates=20 --init_episode=200 --batch_size=64 --converge_tolerance=0 "
       + " ".join(SIZES))
 POLISH = f"{SL} --polish=1"
+GRID = ("experiments.py --tables=main --models=esmm --seeds=2 --workers=1 --out=results --embed_dim=8 --epoch=2 "
+        "--critic_epoch=2 --critic_updates=5 --critic_batch=64")
 SL_BOOKS, RL_BOOKS, POLISH_BOOKS = "chkpt/SL/rt_esmm", "chkpt/RL/res_TD3BC_esmm", "chkpt/SL/rt_esmm/rt_esmm_1.0"
 
 PROGRAMS = {
@@ -79,6 +84,7 @@ PROGRAMS = {
     "polish": Program(POLISH, (SIMULATE, PREPARE, SL, RL),
                       (f"{POLISH_BOOKS}/metrics.csv", f"{SL_BOOKS}/rt_esmm_1.0.pt"), "--learning_rate=0.002",
                       POLISH_BOOKS),
+    "experiments": Program(GRID, (SIMULATE, PREPARE), ("results/results.csv",), "--learning_rate=0.002"),
 }
 
 
@@ -125,8 +131,14 @@ def succeed(command: str, folder: Path) -> None:
 
 
 def results(program: Program, folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes()
+    return {str(path.relative_to(folder)): without_times(path) if path.name == "results.csv" else path.read_bytes()
             for pattern in program.results for path in sorted(folder.glob(pattern))}
+
+
+def without_times(path: Path) -> bytes:
+    """The bytes of a results.csv but for how long each run took."""
+    rows = [{**row, "seconds": ""} for row in read_results(path)]
+    return json.dumps(rows).encode()
 
 
 def broken(folder: Path, dead: int) -> str:
