@@ -24,7 +24,7 @@ from dataset.simulate import Size, expected_return
 from env import MTEnv, RewardType, reward_of
 from layers.session import make_critic
 from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RLArguments, parse
-from train.checkpoint import RunFolder, model_identity
+from train.checkpoint import RunFolder, model_identity, write_rows
 from train.memory import check_agent, size_of
 from train.run import discounted_returns, get_dataset, get_model, rank_correlation, test, train_and_test_offline
 from train.utils import ConvergeStopper, map_splits, pick_device, set_seed, weights_digest
@@ -85,7 +85,7 @@ def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -
     print()
     report(splits, val_env, agent, rows[-1])
     figures = test(test_env, agent, str(run.folder))
-    run.write_metrics([*rows, {"split": "test", "epoch": rows[-1]["epoch"], **figures}])
+    write_rows(run.test, [{"epoch": rows[-1]["epoch"], **figures}])
     print(f"saved the agent in {run.folder}; curves: {run.curves}")
     return agent
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from grid.arms import GridArguments
-from grid.report import put_into_readme, read_results, write_report
+from grid.report import put_into_readme, read_results, write_report, write_results
 from grid.runs import run_grid
 from train.Arguments import command_of, parse
-from train.checkpoint import write_rows
 
 
 @exit_on_user_error
@@ -38,7 +37,7 @@ def _command() -> None:
     for folder in filter(None, (str(settings.folder), settings.publish)):
         write_report(rows, Path(folder), asked)
     if settings.publish:
-        write_rows(Path(settings.publish) / "results.csv", rows)
+        write_results(Path(settings.publish) / "results.csv", rows)
         put_into_readme(Path("README.md"), rows, Path(settings.publish), asked)
     print(f"written to {settings.folder}: results.csv, report.md and plots")
 

@@ -186,7 +186,8 @@ def sessions(folder: Path) -> Figures:
 def agent_of(folder: Path, **hyparams: Any) -> DDPG_ESMM_BC:
     train_split = data(folder).train
     device = pick_device("cpu")
-    settings = type("Sizes", (), {"task_num": 2, "expert_num": EXPERTS, "embed_dim": EMBED_DIM, "numerical": "session"})
+    settings = type("Sizes", (), {"task_num": 2, "expert_num": EXPERTS, "embed_dim": EMBED_DIM, "numerical": "session",
+                                 "encoder": "none", "window": 10})
     identity = model_identity("esmm", settings, "bench", train_split.field_dims)  # type: ignore[arg-type]
     set_seed(SEED)
     actor = get_model("esmm", train_split.field_dims, train_split.numerical_num, 2, EXPERTS, EMBED_DIM)

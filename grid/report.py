@@ -19,13 +19,13 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 
 from dataset.files import UserError, write_text
-from train.checkpoint import read_rows
+from train.checkpoint import read_rows, write_rows
 from train.plots import save_figure
 
 Pair = tuple[str, str, str]  # model, arm, control
 LEVEL = 0.05
-COLUMNS = ("dataset", "table", "model", "arm", "control", "critics", "seed", "epoch", "epochs", "fingerprint",
-           "machine", "seconds", "command")  # and what was measured
+FIRST = ("dataset", "table", "model", "arm", "control", "critics", "seed", "epoch", "epochs")
+LAST = ("fingerprint", "machine", "seconds", "command")  # and between them what was measured
 NUMBERS = ("seed", "epoch", "epochs", "seconds")
 MEASURED = ("auc_", "logloss_", "session_logloss_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
@@ -35,12 +35,18 @@ FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
 
 def read_results(path: Path) -> list[dict[str, str]]:
     """The rows of results.csv. Raises UserError naming line and column where something is missing or no number."""
-    rows = read_rows(path, COLUMNS)
+    rows = read_rows(path, (*FIRST, *LAST))
     for number, row in enumerate(rows, start=2):
         for column, cell in row.items():
             if (column in NUMBERS or column.startswith(MEASURED)) and not _fits(cell, column):
                 raise UserError(f"{path}, line {number}, column '{column}': '{cell[:40]}' is not a number")
     return rows
+
+
+def write_results(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Write results.csv; its columns stand in the same order whatever was measured first."""
+    measured = sorted({name for row in rows for name in row} - {*FIRST, *LAST})
+    write_rows(path, [{name: row.get(name, "") for name in (*FIRST, *measured, *LAST)} for row in rows])
 
 
 def _fits(cell: str, column: str) -> bool:

@@ -24,12 +24,13 @@ import RLmain
 import SLmain
 from dataset.files import UserError, read_json
 from grid.arms import GridArguments, Key, Run, arms
-from grid.report import read_results
+from grid.report import read_results, write_results
 from train.Arguments import RLArguments, SLArguments, command_of
-from train.checkpoint import read_rows, write_rows
+from train.checkpoint import read_rows
 from train.run import get_dataset
 
-KEPT = ("metrics.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")  # of a finished run
+KEPT = ("metrics.csv", "test.csv", "config.json", "curves.png", "weights.png", "weights.csv",
+        "log.txt")  # of a finished run
 Row = dict[str, str]
 
 
@@ -48,6 +49,7 @@ def perform(run: Run, grid: GridArguments, machine: str) -> Row:
             SLmain.main(**asdict(going))
     config, rows = read_json(_only(folder, "config.json")), read_rows(_only(folder, "metrics.csv"))
     if isinstance(settings, RLArguments):  # its figures count the tasks, those of SLmain.py name them
+        rows += read_rows(_only(folder, "test.csv"))
         names = {f"_{number}": f"_{task['name']}" for number, task in enumerate(config["data"]["tasks"])}
         rows = [{name[:-2] + names.get(name[-2:], name[-2:]): value for name, value in row.items()} for row in rows]
     figures = _figures(rows, read_rows(found) if (found := next(folder.rglob("weights.csv"), None)) else [])
@@ -84,7 +86,6 @@ def _is_needed(path: Path, run: Run, settings: SLArguments | RLArguments) -> boo
 def _figures(rows: list[Row], weights: list[Row]) -> Row:
     """What a row of results says of a run: its test figures, and what its validation said on the way."""
     *epochs, test = rows
-    epochs = [row for row in epochs if row.get("epoch")]
     figures = {name: value for name, value in test.items() if value and name not in ("split", "epoch", "loss")}
     names = [name for name, value in epochs[-1].items()
              if value and name.startswith(("auc_", "rank_correlation_", "td_error_", "zero_share_"))]
@@ -128,7 +129,7 @@ def run_grid(settings: GridArguments, path: Path) -> None:
                         failed[key] = str(error)
                         bar.write(f"failed: {name}: {error}")
                     else:
-                        write_rows(path, [rows[one] for one in runs if one in rows])
+                        write_results(path, [rows[one] for one in runs if one in rows])
                         bar.write(f"{len(rows):>{len(str(len(runs)))}} of {len(runs)}: {name}, "
                                   f"{rows[key]['seconds']} s")
                     bar.update()

@@ -84,16 +84,21 @@ def test_programs_killed_at_random_moments_end_as_if_they_had_not_been(count: in
     assert done.stdout.count(f"{count} of {count} ended like the undisturbed run") == 5
 
 
+def heed_ctrl_c() -> None:
+    """A program that a script starts behind its back (`&`) ignores Ctrl-C, and so do all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_program_that_is_stopped_says_in_one_line_how_to_go_on(shop: Path, sent: signal.Signals, code: int) -> None:
     typed = ["--model_name=esmm", *flags({**SL, "epoch": 1000}), "--patience=1000", "--save_dir=chkpt/a b"]
-    process = subprocess.Popen(command("SLmain.py", *typed), env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    while not process.stdout.readline().startswith("epoch 2"):
-        assert process.poll() is None, process.stderr
-    process.send_signal(sent)
-    said = process.communicate(timeout=60)[1]
+    with subprocess.Popen(command("SLmain.py", *typed), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          text=True, preexec_fn=heed_ctrl_c) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("epoch 2"):
+            assert process.poll() is None, process.stderr
+        process.send_signal(sent)
+        said = process.communicate()[1]
     assert process.returncode == code
     found = re.fullmatch(r"stopped: .*; to go on: python3 (\S*SLmain.py .*)\n", said)
     assert found, said
@@ -299,7 +304,7 @@ def test_the_second_run_into_a_folder_is_refused_and_told_of_the_first(shop: Pat
         assert other.startswith(f"pretrain/rt_esmm.pt: process {first.pid}, ")
     finally:
         first.kill()
-        first.wait()
+        first.communicate()
     assert Path("chkpt/SL/.rt_esmm.lock").exists(), "left by the dead process"
     SLmain.main(**SL)
     assert not Path("chkpt/SL/.rt_esmm.lock").exists()

@@ -143,12 +143,13 @@ class RunFolder:
         self.state = self.books / "state.pt"
         self.config = self.books / "config.json"
         self.metrics = self.books / "metrics.csv"
+        self.test = self.books / "test.csv"  # of an agent's actor
         self.curves = self.books / "curves.png"
         self.weights = self.books / "weights.png"
         self.weights_table = self.books / "weights.csv"
         self.catemapper = self.books / "catemapper.json"
-        self.files = [self.state, self.metrics, self.curves, self.weights, self.weights_table, self.catemapper,
-                      self.model, self.config]
+        self.files = [self.state, self.metrics, self.test, self.curves, self.weights, self.weights_table,
+                      self.catemapper, self.model, self.config]
 
     @classmethod
     def of_model(cls, settings: SLArguments) -> RunFolder:
@@ -188,7 +189,7 @@ class RunFolder:
         """
         state = self._state_of(settings, fingerprint, origin) if resume else None
         if files.company.leads:
-            for path in [self.metrics] if state is not None else self.files:
+            for path in [self.metrics, self.test] if state is not None else self.files:
                 if path.exists():
                     os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
         files.company.wait()
