@@ -13,7 +13,6 @@ from slmodels import MODELS
 from train.Arguments import Arguments, RLArguments, SLArguments, setting
 from train.weighting import WEIGHTINGS
 
-LAMBDAS, GAMMAS, TAUS = (0.1, 0.3, 3.0, 10.0), (0.0, 0.99), (0.05, 1.0)  # beside the defaults 1, 0.9 and 0.2
 TABLES = ("main", "ablation", "session", "tried", "weighting", "transfer", "lambda", "gamma", "tau")
 Key = tuple[str, str, str, int]  # data set, model, arm, seed
 
@@ -26,6 +25,9 @@ class GridArguments(Arguments):
     models: str = setting("esmm,mmoe,ple", "models, with commas; the first one is studied in detail")
     seeds: int = setting(5, "seeds 1, 2, ...: each is a baseline, critics and all that follows", low=2, high=1000)
     tables: str = setting("", "only these tables, with commas (default all)")
+    lambdas: str = setting("0.1,0.3,3,10", "values of lambda beside 1")
+    gammas: str = setting("0,0.5,0.99", "values of gamma beside 0.9; each needs critics of its own")
+    taus: str = setting("0.05,1", "values of tau beside 0.2; each needs critics of its own")
     quick: bool = setting(False, "small: two models, 3 seeds, narrow embeddings, few epochs")
     workers: int = setting(0, "runs side by side; 0: as many as there are cores", low=0, high=4096)
     out: str = setting("", "where results go (default chkpt/experiments, with --quick chkpt/experiments_quick)")
@@ -43,7 +45,7 @@ class GridArguments(Arguments):
 
     def __post_init__(self) -> None:
         if self.quick:
-            small = {"models": "esmm,mmoe", "seeds": 3, "embed_dim": 16, "epoch": 3, "critic_epoch": 3}
+            small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3, "critic_epoch": 3}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])
@@ -52,6 +54,16 @@ class GridArguments(Arguments):
             for name in filter(None, names.split(",")):
                 if name not in known:
                     raise UserError(f"--{what}: unknown '{name}': one of {', '.join(known)}")
+        for name in ("lambdas", "gammas", "taus"):
+            self.values(name)
+
+    def values(self, name: str) -> list[float]:
+        """The numbers of `lambdas`, `gammas` or `taus`. Raises UserError."""
+        text = getattr(self, name)
+        try:
+            return [float(one) for one in text.split(",") if one]
+        except ValueError:
+            raise UserError(f"--{name}: '{text}': numbers, with commas between them") from None
 
     @property
     def folder(self) -> Path:
@@ -100,9 +112,9 @@ def arms(settings: GridArguments) -> list[Arm]:
     found += [Arm("weighting", studied, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
     found += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
               for model, other in itertools.permutations(models, 2)]
-    found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value) for value in LAMBDAS]
-    for name, values in (("gamma", GAMMAS), ("tau", TAUS)):
-        for value in values:
+    found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value) for value in settings.values("lambdas")]
+    for name in ("gamma", "tau"):
+        for value in settings.values(f"{name}s"):
             found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
                       _polish(name, studied, f"{name} {value:g}", critics=(studied, f"critics, {name} {value:g}"))]
     asked = set(filter(None, settings.tables.split(","))) or set(TABLES)

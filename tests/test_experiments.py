@@ -80,7 +80,8 @@ def test_a_command_says_what_the_settings_are(polish: float, seed: int, name: st
 
 
 @pytest.mark.parametrize(("settings", "told"), [({"models": "esmm,bert"}, "unknown 'bert'"),
-                                                ({"tables": "mian"}, "unknown 'mian'"), ({"seeds": 1}, "--seeds")])
+                                                ({"tables": "mian"}, "unknown 'mian'"),
+                                                ({"gammas": "0,x"}, "--gammas: '0,x'"), ({"seeds": 1}, "--seeds")])
 def test_what_is_not_there_is_refused(settings: dict[str, Any], told: str) -> None:
     assert told in complaint(lambda: GridArguments(**settings))
 
