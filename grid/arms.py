@@ -45,7 +45,8 @@ class GridArguments(Arguments):
 
     def __post_init__(self) -> None:
         if self.quick:
-            small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3, "critic_epoch": 3}
+            small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
+                     "critic_epoch": 3}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])
@@ -112,7 +113,8 @@ def arms(settings: GridArguments) -> list[Arm]:
     found += [Arm("weighting", studied, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
     found += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
               for model, other in itertools.permutations(models, 2)]
-    found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value) for value in settings.values("lambdas")]
+    found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value)
+              for value in settings.values("lambdas")]
     for name in ("gamma", "tau"):
         for value in settings.values(f"{name}s"):
             found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
