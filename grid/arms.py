@@ -23,8 +23,10 @@ class GridArguments(Arguments):
 
     datasets: str = setting("rt", "data sets, with commas between them")
     models: str = setting("esmm,mmoe,ple", "models, with commas; the first one is studied in detail")
-    seeds: int = setting(5, "seeds 1, 2, ...: each is a baseline, critics and all that follows", low=2, high=1000)
+    seeds: int = setting(5, "how many seeds: each is a baseline, critics and all that follows", low=2, high=1000)
+    first_seed: int = setting(1, "the first of the seeds, which count up", low=0, high=2**30)
     tables: str = setting("", "only these tables, with commas (default all)")
+    only: str = setting("", "only runs whose name holds this text, and what they need")
     lambdas: str = setting("0.1,0.3,3,10", "values of lambda beside 1")
     gammas: str = setting("0,0.5,0.99", "values of gamma beside 0.9; each needs critics of its own")
     taus: str = setting("0.05,1", "values of tau beside 0.2; each needs critics of its own")
@@ -57,6 +59,12 @@ class GridArguments(Arguments):
                     raise UserError(f"--{what}: unknown '{name}': one of {', '.join(known)}")
         for name in ("lambdas", "gammas", "taus"):
             self.values(name)
+        if not arms(self):
+            raise UserError(f"--only: no run of these tables has '{self.only}' in its name")
+
+    @property
+    def all_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     def values(self, name: str) -> list[float]:
         """The numbers of `lambdas`, `gammas` or `taus`. Raises UserError."""
@@ -120,7 +128,7 @@ def arms(settings: GridArguments) -> list[Arm]:
             found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
                       _polish(name, studied, f"{name} {value:g}", critics=(studied, f"critics, {name} {value:g}"))]
     asked = set(filter(None, settings.tables.split(","))) or set(TABLES)
-    return _with_what_they_need(found, asked)
+    return _with_what_they_need(found, [arm for arm in found if arm.table in asked and settings.only in arm.name])
 
 
 def tried(model: str, settings: GridArguments) -> list[Arm]:
@@ -156,19 +164,17 @@ def _critics(table: str, model: str, name: str, changes: Mapping[str, Any], cont
     return Arm(table, model, name, changes, control, "RLmain.py")
 
 
-def _with_what_they_need(found: Sequence[Arm], tables: set[str]) -> list[Arm]:
-    """The arms of the tables asked for, the main comparison of their models, and what else these start from, ask or
-    are measured against."""
+def _with_what_they_need(found: Sequence[Arm], asked: Sequence[Arm]) -> list[Arm]:
+    """The arms asked for, and those that they start from, ask or are measured against, in the order of all."""
     by_name = {(arm.model, arm.name): arm for arm in found}
     wanted: set[tuple[str, str]] = set()
-    ahead = [arm for arm in found if arm.table in tables]
+    ahead = list(asked)
     while ahead:
         arm = ahead.pop()
         if (arm.model, arm.name) not in wanted:
             wanted.add((arm.model, arm.name))
             ahead += [by_name[need] for need in _needs(arm)]
             ahead += [by_name[arm.model, arm.control]] if arm.control else []
-            ahead += [one for one in found if one.table == "main" and one.model == arm.model]
     return [arm for key, arm in by_name.items() if key in wanted]
 
 

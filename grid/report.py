@@ -30,6 +30,10 @@ NUMBERS = ("seed", "epoch", "epochs", "seconds")
 MEASURED = ("auc_", "logloss_", "session_logloss_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
 MARKS = "<!-- results, written by experiments.py -->", "<!-- end of results -->"
+TITLES = {"ablation": "Combinations of the weights", "tried": "What else was tried with the critics",
+          "transfer": "Critics of one model weight another", "lambda": "Lambda", "gamma": "Gamma, the critics' horizon",
+          "tau": "Tau, the critics' soft update", "weighting": "Other ways to weight the tasks",
+          "session": "What the state sees of the session"}
 FIGURES = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
 
 
@@ -101,9 +105,11 @@ class Results:
         self.models = [str(model) for model, arms in main if {"RMTL", *CONTROLS} <= set(arms)]
 
     def arms(self, name: str) -> list[tuple[str, str, str]]:
-        """Model, arm and control of a table's arms that have test figures to compare, in order."""
+        """Model, arm and control of a table's arms, where both are there, in order."""
         rows = self.table[(self.table["table"] == name) & (self.table["control"] != "")]
-        return list(dict.fromkeys(zip(rows["model"], rows["arm"], rows["control"], strict=True)))
+        pairs = dict.fromkeys(zip(rows["model"], rows["arm"], rows["control"], strict=True))
+        there = set(zip(self.table["model"], self.table["arm"], strict=True))
+        return [(model, arm, control) for model, arm, control in pairs if (model, control) in there]
 
     def of(self, model: str, arm: str, figure: str) -> pd.Series:
         """A figure of an arm by seed."""
@@ -185,29 +191,27 @@ critics' weights on the wrong samples."""
 
 
 def _section(results: Results, dataset: str, out: Path) -> str:
-    if not results.models:
-        return f"## {dataset}\n\nFor no model are baseline, controls and RMTL all there yet."
-    parts = [f"## {dataset}", verdict(results), f"![gains]({dataset}_gain.png)", main_table(results),
-             gain_table(results, [(model, *pair) for model in results.models for pair in (
-                 ("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))])]
-    plot_gains(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
-    studied = results.models[0]
-    titles = {"transfer": "Critics of one model weight another", "ablation": f"Combinations of the weights ({studied})",
-              "lambda": "Lambda", "gamma": "Gamma, the critics' horizon", "tau": "Tau, the critics' soft update",
-              "tried": f"What else was tried with the critics ({studied})",
-              "weighting": f"Other ways to weight the tasks ({studied})",
-              "session": f"What the state sees of the session ({studied})"}
-    for name, title in titles.items():
-        pairs = results.arms(name)
+    parts = [f"## {dataset}"]
+    if results.models:
+        parts += [verdict(results), f"![gains]({dataset}_gain.png)", main_table(results),
+                  gain_table(results, [(model, *pair) for model in results.models for pair in (
+                      ("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))])]
+        plot_gains(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
+    else:
+        parts.append("For no model are baseline, controls and RMTL all there.")
+    for name, title in TITLES.items():
+        pairs, with_best = results.arms(name), results
         if not pairs:
             continue
-        with_best = results
-        if name == "lambda":
-            with_best = results.by_validation(["RMTL", *(arm for _, arm, _ in pairs)], studied, "lambda by validation")
-            pairs = [*pairs, (studied, "lambda by validation", "constant")]
-        if name in ("ablation", "lambda", "gamma", "tau"):
+        studied = pairs[0][0]
+        if name in ("ablation", "lambda", "gamma", "tau") and studied in results.models:
             pairs = [(studied, "RMTL", "constant"), *pairs]
+        if name == "lambda" and studied in results.models:
+            with_best = results.by_validation([arm for _, arm, _ in pairs], studied, "lambda by validation")
+            pairs = [*pairs, (studied, "lambda by validation", "constant")]
         parts += [f"### {title}", gain_table(with_best, pairs, means=True)]
+    if not results.models:
+        return "\n\n".join(parts)
     if any(results.arms(name) for name in ("lambda", "gamma", "tau")):
         plot_sensitivity(results, out / f"{dataset}_sensitivity.png")
         parts.append(f"![sensitivity]({dataset}_sensitivity.png)")

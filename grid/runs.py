@@ -102,7 +102,7 @@ def _figures(rows: list[Row], weights: list[Row]) -> Row:
 def run_grid(settings: GridArguments, path: Path) -> None:
     """Run all that is not in the results yet. Raises UserError, at the end, where runs failed."""
     runs = {run.key: run for dataset in settings.datasets.split(",") for arm in arms(settings)
-            for seed in range(1, settings.seeds + 1) for run in [Run(dataset, arm, seed)]}
+            for seed in settings.all_seeds for run in [Run(dataset, arm, seed)]}
     prints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in settings.datasets.split(",")}
     rows = _finished(path, settings, runs, prints)
     left = _left(runs, set(rows), settings)

@@ -86,6 +86,13 @@ def test_what_is_not_there_is_refused(settings: dict[str, Any], told: str) -> No
     assert told in complaint(lambda: GridArguments(**settings))
 
 
+def test_a_run_by_its_name_brings_what_it_needs_and_is_measured_against() -> None:
+    names = {(arm.model, arm.name) for arm in arms(GridArguments(only="actor through"))}
+    assert names == {("esmm", "baseline"), ("esmm", "constant"), ("esmm", "actor through the critics")}
+    assert list(GridArguments(first_seed=6).all_seeds) == [6, 7, 8, 9, 10]
+    assert "--only" in complaint(lambda: GridArguments(only="nothing of the kind"))
+
+
 def test_quick_keeps_what_was_asked_for() -> None:
     assert (GridArguments(quick=True).seeds, GridArguments(quick=True, seeds=4).seeds) == (3, 4)
 
@@ -191,7 +198,7 @@ def test_a_report_of_runs_that_are_not_all_there(tmp_path: Path) -> None:
     for count in (1, 3, 7, len(rows)):
         write_report(rows[:count], tmp_path, "python3 experiments.py")
         complete = {"RMTL", "shuffled", "constant", "baseline"} <= {row["arm"] for row in rows[:count]}
-        assert ("all there yet" in (tmp_path / "report.md").read_text()) != complete
+        assert ("RMTL all there" in (tmp_path / "report.md").read_text()) != complete
 
 
 @pytest.mark.parametrize(("old", "new", "told"), [
