@@ -167,8 +167,9 @@ def summary(rows: Sequence[dict[str, str]], folder: Path, command: str) -> str:
 
 
 def _by_dataset(table: pd.DataFrame) -> list[tuple[str, Results]]:
-    return [(str(name), Results(rows.loc[:, (rows != "").any()].reset_index(drop=True).astype({"seed": int})))
-            for name, rows in table.groupby("dataset", sort=False)]
+    """Each data set's rows, without the columns that others measured."""
+    return [(str(name), Results(rows.loc[:, (rows != "").any() | rows.columns.isin(FIRST)].reset_index(drop=True)
+                                .astype({"seed": int}))) for name, rows in table.groupby("dataset", sort=False)]
 
 
 def _head(table: pd.DataFrame, command: str) -> str:
