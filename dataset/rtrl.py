@@ -475,10 +475,14 @@ def _show_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> Non
 
 def _show_spellings(path: Path, side: pd.DataFrame) -> None:
     """Count and show the values that `_normal` spells otherwise."""
+    changed = {}
     for name in side.columns[1:]:
         values, count = np.unique(side[name].to_numpy().astype(str), return_counts=True)
-        changed = sum(int(n) for value, n in zip(values, count, strict=True) if _normal(value) != value)
-        repaired(path, changed, f"values in column '{name}' without their blanks or the .0 of a whole number")
+        changed[str(name)] = sum(int(n) for value, n in zip(values, count, strict=True) if _normal(value) != value)
+    names = [name for name, rows in changed.items() if rows]
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    repaired(path, sum(changed.values()),
+             f"values in column{'s' * (len(names) > 1)} {some} without their blanks or the .0 of a whole number")
 
 
 def _session_order(table: pd.DataFrame) -> Ids:
