@@ -411,8 +411,8 @@ def test_repairs_of_tables_are_counted_and_shown(tables: Path, capsys: pytest.Ca
         f"{tables / 'train.csv'}: repaired: 1 times in column 'click_time' missing: taken for the row's",
         f"{tables / 'train.csv'}: repaired: 1 times in column 'click_time' of what did not happen ('click' is 0): left "
         "out",
-        f"{tables / 'item_feadf.csv'}: repaired: 2 values in columns 785, 591 without their blanks or the .0 of a whole "
-        "number"]
+        f"{tables / 'item_feadf.csv'}: repaired: 2 values in columns 785, 591 without their blanks or the .0 of a "
+        "whole number"]
 
 
 @pytest.mark.parametrize("name", ["train.csv", "item_feadf.csv"])
