@@ -30,7 +30,8 @@ class GridArguments(Arguments):
     lambdas: str = setting("0.1,0.3,3,10", "values of lambda beside 1")
     gammas: str = setting("0,0.5,0.99", "values of gamma beside 0.9; each needs critics of its own")
     taus: str = setting("0.05,1", "values of tau beside 0.2; each needs critics of its own")
-    quick: bool = setting(False, "small: two models, 3 seeds, narrow embeddings, few epochs")
+    quick: bool = setting(False, "small: two models, 3 seeds, narrow embeddings, few epochs, and for rt a smaller "
+                          "simulated log")
     workers: int = setting(0, "runs side by side; 0: as many as there are cores", low=0, high=4096)
     out: str = setting("", "where results go (default chkpt/experiments, with --quick chkpt/experiments_quick)")
     report: bool = setting(False, "run nothing: write the report from the results.csv that is there")
@@ -48,7 +49,7 @@ class GridArguments(Arguments):
     def __post_init__(self) -> None:
         if self.quick:
             small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
-                     "critic_epoch": 2, "critic_updates": 25}
+                     "critic_epoch": 2, "critic_updates": 25, "dataset_path": "chkpt/experiments_quick/dataset"}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])

@@ -23,6 +23,8 @@ from tqdm import tqdm
 import RLmain
 import SLmain
 from dataset.files import UserError, read_json
+from dataset.prepare import prepare
+from dataset.simulate import Size, simulate
 from grid.arms import GridArguments, Key, Run, arms
 from grid.report import read_results, write_results
 from train.Arguments import RLArguments, SLArguments, command_of
@@ -103,6 +105,8 @@ def run_grid(settings: GridArguments, path: Path) -> None:
     """Run all that is not in the results yet. Raises UserError, at the end, where runs failed."""
     runs = {run.key: run for dataset in settings.datasets.split(",") for arm in arms(settings)
             for seed in settings.all_seeds for run in [Run(dataset, arm, seed)]}
+    if settings.quick:
+        _small_log(Path(settings.dataset_path))
     prints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in settings.datasets.split(",")}
     rows = _finished(path, settings, runs, prints)
     left = _left(runs, set(rows), settings)
@@ -144,6 +148,14 @@ def run_grid(settings: GridArguments, path: Path) -> None:
         key, why = next(iter(failed.items()))
         raise UserError(f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {why}; the "
                         "same command tries them again")
+
+
+def _small_log(path: Path) -> None:
+    """Simulate and prepare a third of the usual log as `rt`, where there is none."""
+    if not (path / "rt").exists():
+        if not (path / "simulated").exists():
+            simulate(path / "simulated", Size(events=100_000, items=8_000, property_rows=80_000))
+        prepare(path / "simulated", path / "rt")
 
 
 def _left(runs: Mapping[Key, Run], finished: set[Key], settings: GridArguments) -> list[Key]:
