@@ -158,7 +158,7 @@ def summary(rows: Sequence[dict[str, str]], folder: Path, command: str) -> str:
         parts += [f"{dataset}: {verdict(results)}", gain_table(results, [
             (model, arm, control) for model in results.models
             for arm, control in (("RMTL", "constant"), ("RMTL", "shuffled"), ("constant", "baseline"))], means=True)]
-        parts += [f"![gains]({folder.as_posix()}/{dataset}_gain.png)"]
+        parts += [f"![gains]({folder.as_posix()}/{dataset}_gain.png)", noticed(results)]
     places = f"[report]({folder.as_posix()}/report.md) and [results.csv]({folder.as_posix()}/results.csv)"
     runs, seeds = len(table), table["seed"].nunique()
     parts.append("Differences in thousandths of test AUC, with the 95 % interval and the p-value of a paired t-test "
@@ -242,6 +242,23 @@ def verdict(results: Results) -> str:
                  f"lie between {1000 * low:+.2f} and {1000 * high:+.2f} thousandths of AUC"]
     pairs = next(iter(found.values())).n
     return f"**RMTL {' and '.join(parts)}** (test AUC, {pairs} seeds)."
+
+
+def noticed(results: Results) -> str:
+    """What differs from its control in the other tables, with p < 0.05 for a task."""
+    lines = []
+    for name, title in TITLES.items():
+        pairs = results.arms(name)
+        found = {(*pair, task): results.compare(*pair, f"auc_{task}") for pair in pairs for task in results.tasks}
+        adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+        for pair in pairs:
+            if any(found[*pair, task].p < LEVEL for task in results.tasks):
+                lines.append(f"- {title}: {pair[0]}, {pair[1]}, against {pair[2]}: " + "; ".join(
+                    f"{task} {_thousandths(found[*pair, task])}, p {found[*pair, task].p:.3f}, Holm "
+                    f"{adjusted[*pair, task]:.3f}" for task in results.tasks))
+    asked = sum(len(results.arms(name)) for name in TITLES)
+    return "\n".join([f"Of {asked} comparisons in the other tables these have p < 0.05 for a task:", "", *lines]
+                     if lines else [f"Of {asked} comparisons in the other tables none has p < 0.05 for a task."])
 
 
 def main_table(results: Results) -> str:
@@ -394,7 +411,7 @@ def plot_weights(results: Results, path: Path) -> None:
 
 def plot_learning(results: Results, path: Path) -> None:
     """Validation AUC, the mean of the tasks, by epoch: baselines; and what follows from each, weighted or not."""
-    figure = Figure(figsize=(9.2, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, model in enumerate(results.models):
         for axis, arm, style in ((left, "baseline", "-"), (right, "RMTL", "-"), (right, "constant", "--")):
@@ -408,7 +425,7 @@ def plot_learning(results: Results, path: Path) -> None:
     for axis in (left, right):
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axis.legend(fontsize=8, frameon=False)
+        axis.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         _tidy(axis)
     left.set_ylabel("validation AUC, mean of the tasks")
     save_figure(figure, path)

@@ -303,7 +303,7 @@ def test_rows_of_other_settings_or_data_go(done: Path, monkeypatch: pytest.Monke
         runs = {run.key: run for arm in arms(settings) for seed in (1, 2) for run in [Run("rt", arm, seed)]}
         return len(_finished(path, settings, runs, prints))
 
-    assert kept(settings_of(), prints) == kept(settings_of("--tables=ablation"), prints) == len(rows) == 10
+    assert kept(settings_of(), prints) == kept(settings_of("--tables=main,ablation"), prints) == len(rows) == 10
     assert capsys.readouterr().out == ""
     assert kept(settings_of("--epoch=2"), prints) == 2, "critics have epochs of their own"
     assert "8 of 10 rows are of other settings or data" in capsys.readouterr().out
