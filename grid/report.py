@@ -24,7 +24,7 @@ from train.plots import save_figure
 
 Pair = tuple[str, str, str]  # model, arm, control
 LEVEL = 0.05
-FIRST = ("dataset", "table", "model", "arm", "control", "critics", "seed", "epoch", "epochs")
+FIRST = ("dataset", "tasks", "table", "model", "arm", "control", "critics", "seed", "epoch", "epochs")
 LAST = ("fingerprint", "machine", "seconds", "command")  # and between them what was measured
 NUMBERS = ("seed", "epoch", "epochs", "seconds")
 MEASURED = ("auc_", "logloss_", "session_logloss_", "val_", "weight_")
@@ -100,7 +100,7 @@ class Results:
 
     def __init__(self, table: pd.DataFrame) -> None:
         self.table = table
-        self.tasks = [name.removeprefix("auc_") for name in table if name.startswith("auc_")]
+        self.tasks = str(table["tasks"].iloc[0]).split()
         main = table[table["table"] == "main"].groupby("model", sort=False)["arm"]
         self.models = [str(model) for model, arms in main if {"RMTL", *CONTROLS} <= set(arms)]
 

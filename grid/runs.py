@@ -59,8 +59,9 @@ def perform(run: Run, grid: GridArguments, machine: str) -> Row:
         if path.is_file() and path.name not in KEPT and not _is_needed(path, run, settings):
             path.unlink()
     arm = run.arm
-    return {"dataset": run.dataset, "table": arm.table, "model": arm.model, "arm": arm.name, "control": arm.control,
-            "critics": " ".join(arm.critics or ()), "seed": str(run.seed), **figures,
+    tasks = " ".join(task["name"] for task in config["data"]["tasks"])
+    return {"dataset": run.dataset, "tasks": tasks, "table": arm.table, "model": arm.model, "arm": arm.name,
+            "control": arm.control, "critics": " ".join(arm.critics or ()), "seed": str(run.seed), **figures,
             "fingerprint": str(config["data_fingerprint"]), "machine": machine,
             "seconds": f"{time.time() - started:.1f}", "command": command_of(arm.program, settings)}
 

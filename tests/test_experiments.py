@@ -135,8 +135,8 @@ def made_up(gain: float, noise: float) -> list[Row]:
         for arm, control, better in (("baseline", "", 0.0), ("constant", "baseline", 0.002),
                                      ("shuffled", "constant", 0.002), ("RMTL", "constant", 0.002 + gain)):
             weighted = arm in ("RMTL", "shuffled")
-            row = {"dataset": "made", "table": "main", "model": "esmm", "arm": arm, "control": control,
-                   "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "epochs": "1",
+            row = {"dataset": "made", "tasks": "CTR CTCVR", "table": "main", "model": "esmm", "arm": arm,
+                   "control": control, "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "epochs": "1",
                    "seconds": "1.0", "command": "c",
                    "fingerprint": "f", "machine": "m"}
             for task in ("CTR", "CTCVR"):
@@ -185,7 +185,8 @@ def test_what_the_readme_says_is_what_the_results_say(tmp_path: Path) -> None:
     published = REPOSITORY / "docs" / "results"
     rows = read_results(published / "results.csv")
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    (asked,) = re.findall(r"^    (python3 experiments.py .*)$", readme.split(MARKS[0])[1], re.MULTILINE)
+    ours = readme.split(MARKS[0])[1].split(MARKS[1])[0]
+    (asked,) = re.findall(r"^    (python3 experiments.py .*)$", ours, re.MULTILINE)
     shutil.copy(REPOSITORY / "README.md", tmp_path)
     put_into_readme(tmp_path / "README.md", rows, Path("docs/results"), asked)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == readme
