@@ -136,7 +136,8 @@ def made_up(gain: float, noise: float) -> list[Row]:
                                      ("shuffled", "constant", 0.002), ("RMTL", "constant", 0.002 + gain)):
             weighted = arm in ("RMTL", "shuffled")
             row = {"dataset": "made", "tasks": "CTR CTCVR", "table": "main", "model": "esmm", "arm": arm,
-                   "control": control, "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1", "epochs": "1",
+                   "control": control, "critics": "esmm critics" if weighted else "", "seed": str(seed),
+                   "epoch": "1", "epochs": "1",
                    "seconds": "1.0", "command": "c",
                    "fingerprint": "f", "machine": "m"}
             for task in ("CTR", "CTCVR"):
