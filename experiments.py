@@ -25,11 +25,13 @@ from train.Arguments import command_of, parse
 @exit_on_user_error
 def _command() -> None:
     settings = parse(GridArguments, __doc__ or "")
-    path = settings.folder / "results.csv"
+    path, failure = settings.folder / "results.csv", ""
     if not settings.report:
         with only_run(settings.folder):
             check_writable(settings.folder, files=[path, settings.folder / "report.md"])
-            run_grid(settings, path)
+            failure = run_grid(settings, path)
+    if failure and not path.exists():
+        raise UserError(failure)
     if not path.exists():
         raise UserError(f"{path}: no results yet: run this command without --report")
     asked = command_of("experiments.py", replace(settings, report=False, publish="", out="", workers=0))
@@ -40,6 +42,8 @@ def _command() -> None:
         write_results(Path(settings.publish) / "results.csv", rows)
         put_into_readme(Path("README.md"), rows, Path(settings.publish), asked)
     print(f"written to {settings.folder}: results.csv, report.md and plots")
+    if failure:
+        raise UserError(failure)
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ class GridArguments(Arguments):
     def __post_init__(self) -> None:
         if self.quick:
             small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
-                     "critic_epoch": 2, "critic_updates": 25, "dataset_path": "chkpt/experiments_quick/dataset"}
+                     "critic_epoch": 3, "dataset_path": "chkpt/experiments_quick/dataset"}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
                     setattr(self, one.name, small[one.name])

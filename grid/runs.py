@@ -102,8 +102,8 @@ def _figures(rows: list[Row], weights: list[Row]) -> Row:
     return figures
 
 
-def run_grid(settings: GridArguments, path: Path) -> None:
-    """Run all that is not in the results yet. Raises UserError, at the end, where runs failed."""
+def run_grid(settings: GridArguments, path: Path) -> str:
+    """Run all that is not in the results yet; return what to say of runs that failed, "" where none did."""
     runs = {run.key: run for dataset in settings.datasets.split(",") for arm in arms(settings)
             for seed in settings.all_seeds for run in [Run(dataset, arm, seed)]}
     if settings.quick:
@@ -141,14 +141,17 @@ def run_grid(settings: GridArguments, path: Path) -> None:
         except BrokenProcessPool as error:
             raise UserError("a run was killed from outside (out of memory?): the same command goes on, with fewer "
                             "--workers if need be") from error
-        finally:
+        except BaseException:  # Ctrl-C, above all: nobody waits for what is going on
             for process in multiprocessing.active_children():
                 process.terminate()
+            raise
+        finally:
             pool.shutdown(cancel_futures=True)
-    if failed:
-        key, why = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {why}; the "
-                        "same command tries them again")
+    if not failed:
+        return ""
+    key, why = next(iter(failed.items()))
+    return (f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {why}; the same command "
+            "tries them again")
 
 
 def _small_log(path: Path) -> None:
