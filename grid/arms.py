@@ -150,10 +150,9 @@ def tried(model: str, settings: GridArguments) -> list[Arm]:
                                 ("contrast, shuffled", {"polish_method": "contrast_shuffled", **contrast}))),
         _critics("tried", model, critics, {"critic_encoder": "gru"}),
         _polish("tried", model, f"with {critics}", critics=(model, critics), critic_encoder="gru"),
-        *(_critics("tried", model, f"actor through the critics{name}",
-                   {"agent": "ddpg", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
-                    "actor_lr": settings.learning_rate * SLArguments().polish_rate, **changes}, "constant")
-          for name, changes in (("", {}), (", gamma 0", {"gamma": 0.0}))),
+        _critics("tried", model, "actor through the critics",
+                 {"agent": "ddpg", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
+                  "actor_lr": settings.learning_rate * SLArguments().polish_rate}, "constant"),
     ]
 
 
