@@ -120,6 +120,12 @@ class Results:
         pairs = pd.concat([self.of(model, arm, figure), self.of(model, control, figure)], axis=1, join="inner")
         return difference(pairs.iloc[:, 0].tolist(), pairs.iloc[:, 1].tolist())
 
+    def judge(self, pairs: Sequence[Pair]) -> dict[tuple[Pair, str], tuple[Difference, float]]:
+        """Per pair and task the difference in AUC, and its p-value among all of these (Holm's)."""
+        found = {(pair, task): self.compare(*pair, f"auc_{task}") for pair in pairs for task in self.tasks}
+        adjusted = holm([one.p for one in found.values()])
+        return {key: (one, p) for (key, one), p in zip(found.items(), adjusted, strict=True)}
+
     def mean(self, model: str, arm: str, figure: str) -> str:
         """Mean +- standard deviation over the seeds."""
         values = self.of(model, arm, figure)
@@ -229,18 +235,17 @@ def _section(results: Results, dataset: str, out: Path) -> str:
 
 def verdict(results: Results) -> str:
     """What the main comparison supports, in words."""
-    found = {(model, task): results.compare(model, "RMTL", "constant", f"auc_{task}")
-             for model in results.models for task in results.tasks}
-    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
-    better, worse = ([f"{model} {task} ({_thousandths(found[model, task])})" for model, task in found
-                      if adjusted[model, task] < LEVEL and sign * found[model, task].mean > 0] for sign in (1, -1))
+    judged = results.judge([(model, "RMTL", "constant") for model in results.models])
+    found = [one for one, _ in judged.values()]
+    better, worse = ([f"{pair[0]} {task} ({_thousandths(one)})" for (pair, task), (one, p) in judged.items()
+                      if p < LEVEL and sign * one.mean > 0] for sign in (1, -1))
     parts = [*([f"beats its control on {', '.join(better)}"] if better else []),
              *([f"falls behind its control on {', '.join(worse)}"] if worse else [])]
     if not parts:
-        low, high = min(one.low for one in found.values()), max(one.high for one in found.values())
+        low, high = min(one.low for one in found), max(one.high for one in found)
         parts = [f"is not told apart from its control in any of {len(found)} comparisons (Holm, 5 %); all intervals "
                  f"lie between {1000 * low:+.2f} and {1000 * high:+.2f} thousandths of AUC"]
-    pairs = next(iter(found.values())).n
+    pairs = found[0].n
     return f"**RMTL {' and '.join(parts)}** (test AUC, {pairs} seeds)."
 
 
@@ -249,13 +254,12 @@ def noticed(results: Results) -> str:
     lines = []
     for name, title in TITLES.items():
         pairs = results.arms(name)
-        found = {(*pair, task): results.compare(*pair, f"auc_{task}") for pair in pairs for task in results.tasks}
-        adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+        judged = results.judge(pairs)
         for pair in pairs:
-            if any(found[*pair, task].p < LEVEL for task in results.tasks):
+            of_tasks = [(task, *judged[pair, task]) for task in results.tasks]
+            if any(one.p < LEVEL for _, one, _ in of_tasks):
                 lines.append(f"- {title}: {pair[0]}, {pair[1]}, against {pair[2]}: " + "; ".join(
-                    f"{task} {_thousandths(found[*pair, task])}, p {found[*pair, task].p:.3f}, Holm "
-                    f"{adjusted[*pair, task]:.3f}" for task in results.tasks))
+                    f"{task} {_thousandths(one)}, p {one.p:.3f}, Holm {p:.3f}" for task, one, p in of_tasks))
     asked = sum(len(results.arms(name)) for name in TITLES)
     return "\n".join([f"Of {asked} comparisons in the other tables these have p < 0.05 for a task:", "", *lines]
                      if lines else [f"Of {asked} comparisons in the other tables none has p < 0.05 for a task."])
@@ -274,15 +278,14 @@ def gain_table(results: Results, pairs: Sequence[Pair], means: bool = False) -> 
     """Differences in AUC of arms to their controls; with `means` the arms' own AUC, too."""
     head = [text for task in results.tasks for text in (
         *([f"{task} AUC"] if means else []), f"{task}: difference (interval)", "p", "p (Holm)")]
-    found = {(*pair, task): results.compare(*pair, f"auc_{task}") for pair in pairs for task in results.tasks}
-    adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
+    judged = results.judge(pairs)
     lines = [_row(["model", "run", "against", *head]), _row(["---"] * (3 + len(head)))]
     for model, arm, control in pairs:
         cells = []
         for task in results.tasks:
-            one = found[model, arm, control, task]
+            one, p = judged[(model, arm, control), task]
             cells += [*([results.mean(model, arm, f"auc_{task}")] if means else []), _thousandths(one), f"{one.p:.3f}",
-                      f"{adjusted[model, arm, control, task]:.3f}"]
+                      f"{p:.3f}"]
         lines.append(_row([model, arm, control, *cells]))
     return "\n".join(lines)
 
