@@ -9,10 +9,14 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
 
 import torch
 

@@ -11,10 +11,14 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
 
 import numpy as np
 import torch

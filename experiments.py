@@ -12,8 +12,12 @@ command goes on from there. Everything else is written from results.csv (`grid.r
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
 
 from dataset.files import UserError, check_writable, exit_on_user_error, only_run
 from grid.arms import GridArguments

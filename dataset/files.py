@@ -73,6 +73,8 @@ def exit_on_user_error(main: Callable[[], None], resumes: bool = False) -> Calla
     def wrapped() -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _terminate)
+            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so until here; one that is ignored stays ignored
+                signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main()
             sys.stdout.flush()

@@ -107,6 +107,18 @@ def test_a_program_that_is_stopped_says_in_one_line_how_to_go_on(shop: Path, sen
     assert not [name for name in snapshot(shop) if name.endswith((".partial", ".lock"))]
 
 
+@pytest.mark.parametrize("program", ["SLmain.py", "RLmain.py", "experiments.py"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path: Path, program: str) -> None:
+    with subprocess.Popen(command(program), env=ENVIRONMENT, cwd=tmp_path, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c) as process:
+        while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+            assert process.poll() is None, process.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "")
+    assert process.returncode == -signal.SIGINT
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_program_without_resume_is_to_be_run_again(capsys: pytest.CaptureFixture[str],
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> None:
