@@ -48,7 +48,7 @@ class GridArguments(Arguments):
 
     def __post_init__(self) -> None:
         if self.quick:
-            small = {"models": "esmm,mmoe", "gammas": "0", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
+            small = {"models": "esmm,mmoe", "gammas": "0.5", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
                      "critic_epoch": 3, "dataset_path": "chkpt/experiments_quick/dataset"}
             for one in fields(self):  # what was asked for stays
                 if one.name in small and getattr(self, one.name) == one.default:
@@ -128,6 +128,8 @@ def arms(settings: GridArguments) -> list[Arm]:
         for value in settings.values(f"{name}s"):
             found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
                       _polish(name, studied, f"{name} {value:g}", critics=(studied, f"critics, {name} {value:g}"))]
+    found += [_actor("gamma", studied, settings, f", gamma {value:g}", gamma=value)
+              for value in settings.values("gammas")]
     asked = set(filter(None, settings.tables.split(","))) or set(TABLES)
     return _with_what_they_need(found, [arm for arm in found if arm.table in asked and settings.only in arm.name])
 
@@ -150,9 +152,7 @@ def tried(model: str, settings: GridArguments) -> list[Arm]:
                                 ("contrast, shuffled", {"polish_method": "contrast_shuffled", **contrast}))),
         _critics("tried", model, critics, {"critic_encoder": "gru"}),
         _polish("tried", model, f"with {critics}", critics=(model, critics), critic_encoder="gru"),
-        _critics("tried", model, "actor through the critics",
-                 {"agent": "ddpg", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
-                  "actor_lr": settings.learning_rate * SLArguments().polish_rate}, "constant"),
+        _actor("tried", model, settings),
     ]
 
 
@@ -163,6 +163,13 @@ def _polish(table: str, model: str, name: str, critics: tuple[str, str] | None =
 
 def _critics(table: str, model: str, name: str, changes: Mapping[str, Any], control: str = "") -> Arm:
     return Arm(table, model, name, changes, control, "RLmain.py")
+
+
+def _actor(table: str, model: str, settings: GridArguments, more: str = "", **changes: Any) -> Arm:
+    """The model itself, trained to raise Q at the rate of a polish run once its critics have learned for an epoch."""
+    return _critics(table, model, f"actor through the critics{more}",
+                    {"agent": "ddpg", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
+                     "actor_lr": settings.learning_rate * SLArguments().polish_rate, **changes}, "constant")
 
 
 def _with_what_they_need(found: Sequence[Arm], asked: Sequence[Arm]) -> list[Arm]:

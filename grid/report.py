@@ -379,7 +379,8 @@ def plot_sensitivity(results: Results, path: Path) -> None:
     figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
         default = {"lambda": 1.0, "gamma": 0.9, "tau": 0.2}[name]
-        found = sorted([(default, "RMTL"), *((float(arm.split()[-1]), arm) for _, arm, _ in results.arms(name))])
+        found = sorted([(default, "RMTL"), *((float(arm.split()[-1]), arm) for _, arm, _ in results.arms(name)
+                                             if arm.startswith(name))])
         for shift, task in enumerate(results.tasks):
             ones = [results.compare(model, arm, "constant", f"auc_{task}") for _, arm in found]
             reach = [1000 * (one.high - one.mean) for one in ones]
