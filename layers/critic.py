@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from layers.kernels import relu_dropout
 from layers.layers import FieldInput, MultiLayerPerceptron, linear
@@ -56,11 +58,29 @@ class Critic(nn.Module):
         return self.score(categorical_x, numerical_x, action)
 
 
+class _NonPositive(torch.autograd.Function):
+    """-ReLU(z), with the gradient of the projection onto Q <= 0 (Rosen 1960).
+
+    Where z < 0, and so Q = 0, the gradient of a loss that asks for a lower Q passes, as if Q were -z, and leads z back;
+    that of one that asks for Q > 0 does not.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return -F.relu(z)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (z,), (of_q,) = ctx.saved_tensors, gradients
+        return torch.where((z > 0) | (of_q > 0), -of_q, 0)
+
+
 class CriticNeg(Critic):
     """A critic of rewards that are never positive: Q = -ReLU(score) <= 0.
 
-    Where every score is negative, Q is 0 without a gradient and stays so: the critic is dead. The last bias therefore
-    starts on the live side, and `zero_share` tells how much of a batch is dead.
+    The ReLU's own gradient would leave a critic whose scores are all negative at Q = 0 for good: dead. Here targets
+    below 0 lead it back. The last bias starts on the live side all the same; `zero_share` tells how much is 0.
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -79,7 +99,7 @@ class CriticNeg(Critic):
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
         """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,) <= 0."""
-        return -F.relu(self.score(categorical_x, numerical_x, action))
+        return _NonPositive.apply(self.score(categorical_x, numerical_x, action))
 
 
 def zero_share(q: Tensor) -> float:

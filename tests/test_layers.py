@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from layers import Critic, CriticNeg, EmbeddingLayer, Experts, FieldInput, Gate, MultiLayerPerceptron
-from layers.critic import zero_share
+from layers.critic import _NonPositive, zero_share
 from layers.kernels import relu_dropout
 from layers.layers import linear, mixture
 
@@ -282,7 +282,32 @@ def test_minus_relu_is_all_that_a_critic_of_negative_rewards_adds() -> None:
     assert torch.equal(critic(ids, numbers, action), -score.clamp(min=0))
 
 
-def test_a_dead_critic_is_seen_and_can_be_revived() -> None:
+def test_the_gradient_of_q_is_that_of_the_projection_onto_what_is_not_positive() -> None:
+    z = torch.tensor([2.0, 2.0, -1.0, -1.0], requires_grad=True)
+    q = _NonPositive.apply(z)
+    assert torch.equal(q, torch.tensor([-2.0, -2.0, 0.0, 0.0]))
+    ((q - torch.tensor([-3.0, -1.0, -3.0, 3.0])) ** 2).sum().backward()
+    assert torch.equal(z.grad, torch.tensor([-2.0, 2.0, -6.0, 0.0]))
+
+
+def test_a_critic_beyond_0_comes_back_to_its_targets() -> None:
+    """The ReLU alone would stay at 0 for ever."""
+    critic, _ = critic_neg(seed=0)
+    assert critic.tower.output is not None
+    with torch.no_grad():
+        critic.tower.output.bias.fill_(-0.5)
+        critic.tower.output.weight.zero_()
+    (ids, numbers), action = batch(FEW), torch.rand(ROWS, 1)
+    assert zero_share(critic(ids, numbers, action)) == 1.0
+    optimizer = torch.optim.Adam(critic.parameters(), lr=0.01)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (critic(ids, numbers, action) + 0.06).square().mean().backward()
+        optimizer.step()
+    assert float((critic.eval()(ids, numbers, action).detach() + 0.06).abs().mean()) < 0.02
+
+
+def test_a_critic_of_zeros_is_seen_and_can_be_revived() -> None:
     critic, _ = critic_neg(seed=0)
     assert critic.tower.output is not None
     ids, numbers = batch(FEW)
