@@ -420,6 +420,12 @@ def _free_memory() -> float:
 PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
+def one_spelling(value: str) -> str:
+    """A category without blanks around it, and 12 for the 12.0 that spreadsheets make of it."""
+    value = value.strip()
+    return value[:-2] if value.endswith(".0") and value[:-2].lstrip("-").isdigit() else value
+
+
 def count_lines(path: Path) -> int:
     """How many lines a file has, without reading it whole."""
     with open(path, "rb") as file:

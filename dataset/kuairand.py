@@ -11,7 +11,8 @@
 6. The numbers that tell the session so far look back over all earlier rows of the user, those of earlier splits
    included: when a row is shown, they are known.
 7. Users and videos have a table each, of fields that do not change with what follows; fields that count are left to
-   their ranges. Rows whose user or video is not in its table keep empty cells. Times are Unix time in ms.
+   their ranges. A value has one spelling: 12 for 12.0. Rows whose user or video is not in its table keep empty cells.
+   Times are Unix time in ms.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, read_table
+from dataset.files import Kind, UserError, one_spelling, read_table
 from dataset.mdp import NEVER, Line, SideTable, Tables, check_sizes, read_with_progress
 
 LOG_KINDS: dict[str, Kind] = {"user_id": "id", "video_id": "id", "time_ms": "id", "is_click": "label",
@@ -130,14 +131,21 @@ def _side(paths: list[Path], key: str, name: str, fields: tuple[str, ...], met: 
     twice = whole[key].duplicated()
     known = whole[~twice].set_index(key)
     table = known.reindex(index=met, columns=list(fields)).astype(object).fillna("")
+    spelled = table.apply(_spelled)
     account = [
         Line(f"{what} in the table", len(whole), 0),
         Line("dropped: listed before", int(twice.sum())),
         Line(f"dropped: {what} of no row", int((~known.index.isin(met)).sum())),
         Line("kept", int(np.isin(met, known.index).sum())),
         Line(f"{what} of rows that the table does not list", int((~np.isin(met, known.index)).sum())),
+        Line("values written without blanks around them, or as 12 for 12.0", int((spelled != table).to_numpy().sum())),
     ]
-    return table.rename_axis(name).reset_index(), account
+    return spelled.rename_axis(name).reset_index(), account
+
+
+def _spelled(column: pd.Series) -> pd.Series:
+    codes, values = pd.factorize(column)
+    return pd.Series(np.array([one_spelling(value) for value in values], object)[codes], index=column.index)
 
 
 def _powers_of_two(milliseconds: pd.Series) -> tuple[pd.Series, int]:

@@ -31,6 +31,7 @@ from dataset.files import (
     check_memory,
     count_lines,
     is_file_name,
+    one_spelling,
     read_json,
     read_table,
     repaired,
@@ -474,11 +475,11 @@ def _show_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> Non
 
 
 def _show_spellings(path: Path, side: pd.DataFrame) -> None:
-    """Count and show the values that `_normal` spells otherwise."""
+    """Count and show the values that `one_spelling` spells otherwise."""
     changed = {}
     for name in side.columns[1:]:
         values, count = np.unique(side[name].to_numpy().astype(str), return_counts=True)
-        changed[str(name)] = sum(int(n) for value, n in zip(values, count, strict=True) if _normal(value) != value)
+        changed[str(name)] = sum(int(n) for value, n in zip(values, count, strict=True) if one_spelling(value) != value)
     names = [name for name, rows in changed.items() if rows]
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     repaired(path, sum(changed.values()),
@@ -495,14 +496,8 @@ def _session_order(table: pd.DataFrame) -> Ids:
 
 
 def _field(of_items: NDArray[np.object_], at: NDArray[np.int64]) -> Field:
-    texts = np.array([_normal(text) for text in of_items], dtype=object)
+    texts = np.array([one_spelling(text) for text in of_items], dtype=object)
     codes, values = pd.factorize(texts)
     empty = np.flatnonzero(values == "")
     codes = np.where(np.isin(codes, empty), -1, codes)
     return Field(np.append(codes, -1)[at].astype(np.int64), np.asarray(values, dtype=object))
-
-
-def _normal(text: str) -> str:
-    """One spelling a value: without blanks around it, and 12 for the 12.0 that spreadsheets make of it."""
-    text = text.strip()
-    return text[:-2] if text.endswith(".0") and text[:-2].lstrip("-").isdigit() else text

@@ -214,6 +214,22 @@ def test_a_bad_cell_is_named(tmp_path: Path) -> None:
     assert re.search(r"(line|row) (8|9)", text)
 
 
+def test_a_value_has_one_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw_log(tmp_path / "raw")
+    path = tmp_path / "raw" / "user_features_1k.csv"
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    table["onehot_feat7"] = ["1.0", "1", " 1", "1.5", "-124.0", "", "1.0.0"] + ["2"] * (len(table) - 7)
+    table.to_csv(path, index=False)
+    prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand")
+    users = pd.read_csv(tmp_path / "kr" / "user_feadf.csv", dtype=str, keep_default_na=False)
+    assert list(users["onehot_feat7"][:8]) == ["1", "1", "1", "1.5", "-124", "", "1.0.0", "2"]
+    account = json.loads((tmp_path / "kr" / "manifest.json").read_text())["account"]
+    assert ["values written without blanks around them, or as 12 for 12.0", 3] in account
+    capsys.readouterr()
+    load_splits(tmp_path / "kr")
+    assert "repaired" not in "".join(capsys.readouterr())
+
+
 @pytest.mark.parametrize("duration", ["inf", "-5", "1e300", "long"])
 def test_a_duration_that_cannot_be_is_left_empty_and_counted(tmp_path: Path, duration: str) -> None:
     raw_log(tmp_path / "raw")

@@ -49,7 +49,7 @@ torch.set_num_threads(1)
 name, batch, embed_dim, rows = sys.argv[1], *map(int, sys.argv[2:])
 dims = [rows // 7] * 7
 
-def train(batch, build):
+def train(batch, dims, build):
     model = build()
     optimizer, stopper = torch.optim.Adam(model.parameters(), fused=True), EarlyStopper(3)
     for epoch in range(2):
@@ -60,10 +60,10 @@ def train(batch, build):
         optimizer.step()
         stopper.is_continuable(model, float(epoch), epoch)
 
-train(8, lambda: build(name, [2] * 7, 6, 2, [8], [8], 2, 2, 0.2))
+train(8, [2] * 7, lambda: build(name, [2] * 7, 6, 2, [8], [8], 2, 2, 0.2))
 resident = int(open("/proc/self/statm").read().split()[1]) * 4096
 make = lambda: build(name, dims, 6, embed_dim, [512, 256], [128, 64], 2, 8, 0.2)
-train(batch, make)
+train(batch, dims, make)
 size = size_of(make, dims, embed_dim)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
 print((size.parameters * PARAMETER + size.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)) / used)
