@@ -176,14 +176,20 @@ def _left(runs: Mapping[Key, Run], finished: set[Key], settings: GridArguments) 
 
 def _finished(path: Path, settings: GridArguments, runs: Mapping[Key, Run],
               prints: Mapping[str, str]) -> dict[Key, Row]:
-    """The rows of results that are there: those of this grid, on these data, by the very commands it would run."""
+    """The rows of results that are there: those of this grid, on these data, by the very commands that it would run, of
+    what they start from and ask as well."""
     rows = read_results(path) if path.exists() else []
-    found = {}
+    same = {}
     for row in rows:
         key = row["dataset"], row["model"], row["arm"], int(row["seed"])
         if key in runs and row["fingerprint"] == prints[row["dataset"]] and row["command"] == command_of(
                 runs[key].arm.program, runs[key].settings(settings)):
-            found[key] = {name: value for name, value in row.items() if value}
+            same[key] = {name: value for name, value in row.items() if value}
+
+    def stands(key: Key) -> bool:
+        return key in same and all(map(stands, runs[key].needs))
+
+    found = {key: row for key, row in same.items() if stands(key)}
     if len(found) < len(rows):
         print(f"{path}: {len(rows) - len(found)} of {len(rows)} rows are of other settings or data: they go")
     return found

@@ -307,8 +307,9 @@ def test_rows_of_other_settings_or_data_go(done: Path, monkeypatch: pytest.Monke
 
     assert kept(settings_of(), prints) == kept(settings_of("--tables=main,ablation"), prints) == len(rows) == 10
     assert capsys.readouterr().out == ""
-    assert kept(settings_of("--epoch=2"), prints) == 2, "critics have epochs of their own"
-    assert "8 of 10 rows are of other settings or data" in capsys.readouterr().out
+    assert kept(settings_of("--epoch=2"), prints) == 0, "critics have epochs of their own, but start from the baseline"
+    assert kept(settings_of("--critic_updates=7"), prints) == 4, "baselines and weights of 1 ask no critics"
+    assert "6 of 10 rows are of other settings or data" in capsys.readouterr().out
     assert kept(settings_of(), {"rt": "other"}) == 0
 
 
