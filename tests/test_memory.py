@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, SMALL, complaint, snapshot
+from conftest import ENVIRONMENT, SMALL, complaint, run, snapshot
 
 import RLmain
 import SLmain
@@ -81,6 +81,39 @@ def test_the_estimate_is_near_what_training_takes(arguments: str) -> None:
     assert 0.9 < float(done.stdout) < 2, "of what was used"
 
 
+PEAK_OF_AN_AGENT = """
+import json, resource, sys
+import RLmain
+from train import memory
+from train.Arguments import RLArguments
+
+needed, resident = [], []
+
+def check_memory(size, what, free=None):
+    needed.append(size)
+    resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
+
+memory.check_memory = check_memory
+for _ in ("a memory that is filled", "one that is read"):
+    RLmain.main(RLArguments(embed_dim=32, device="cpu", epoch=1, epoch_updates=2, **json.loads(sys.argv[1])))
+print(needed[0] / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
+@pytest.mark.parametrize("settings", ['{"batch_size": 16384, "memory_size": 50000}',
+                                      '{"critic_encoder": "gru", "window": 50, "memory_size": 20000}'])
+def test_the_estimate_is_near_what_an_agent_takes(tables: Path, settings: str) -> None:
+    folder = tables.parent.parent
+    made = run(folder, "SLmain.py", "--embed_dim=32", "--epoch=1", "--device=cpu")
+    assert made.returncode == 0, made.stderr
+    done = subprocess.run([sys.executable, "-c", PEAK_OF_AN_AGENT, settings], cwd=folder, env=ENVIRONMENT,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout.split()[-1]) < 2, "of what was used"
+
+
 @pytest.fixture
 def four_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with 4 GiB of memory free."""
@@ -103,7 +136,7 @@ def test_a_run_that_would_not_fit_is_refused_with_the_figure(tables: Path, tmp_p
     before = snapshot(tmp_path)
     text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, memory_size=10**8, device="cpu")))
     assert text.startswith("a replay memory of 100,000,000 transitions of 132 bytes")
-    assert "about 24.7 GiB of memory are needed" in text
+    assert "about 24.8 GiB of memory are needed" in text
     text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, critic_encoder="gru", window=100, device="cpu")))
     assert "transitions of 10428 bytes" in text, "a state is a window of 100"
     assert snapshot(tmp_path) == before

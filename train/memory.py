@@ -1,8 +1,9 @@
 """What a run will need of memory, told before it starts: `dataset.files.check_memory` refuses what would not fit.
 
-The constants were measured, as the most memory of a process that trains, over batches of 2,048 to 65,536 rows,
-embeddings of 64 to 512 and tables of 5,000 to 400,000 rows in all models: the estimate was 0.98 to 1.5 times what was
-used. It leaves the data aside, which `dataset.rtrl.load_splits` counts.
+The constants were measured, as the most memory of a process that trains: the estimates are 0.95 to 1.4 times what models
+took, over batches of 2,048 to 65,536 rows, embeddings of 64 and 128 and tables of 5,000 to 400,000 rows, and 1.0 to
+1.4 times what agents took, with full memories of 20,000 to 110,000 transitions (`tests/test_memory.py`, slow). They
+leave the data aside, which `dataset.rtrl.load_splits` counts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 
 from dataset.files import check_memory
 
+START = 80 * 2**20  # bytes that torch itself takes with its first step
 PARAMETER = 26  # bytes: weight, gradient, two moments of Adam, the best epoch's copy and its successor, and 2 to spare
 COPY, OPTIMIZED = 4, 16  # of an agent's networks: a weight; and with a gradient and two moments
 UNIT = 4 * 4  # bytes a row and hidden unit: before and after the ReLU, and the gradients of both
@@ -58,7 +60,7 @@ def size_of(build: Callable[[], nn.Module], field_dims: Sequence[int], embed_dim
 
 def check_training(model: Size, name: str, batch: int, device: torch.device) -> None:
     """Raise UserError, with the figures, where supervised training of a model would not fit."""
-    needed = model.parameters * PARAMETER + model.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)
+    needed = START + model.parameters * PARAMETER + model.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)
     check_memory(needed, f"{name} of {model.parameters:,} parameters, {batch:,} rows a step", _free_on(device))
 
 
@@ -72,7 +74,7 @@ def check_agent(actor: Size, critic: Size, batch: int, memory_size: int, transit
         judged: rows whose true return is found by simulation; 0 where nothing is known of it.
     """
     memory = memory_size * transition_bytes * TRANSITION_COPIES
-    networks = (actor.parameters * (2 * COPY + OPTIMIZED) + critic.parameters * (2 * COPY + 2 * OPTIMIZED)
+    networks = (START + actor.parameters * (2 * COPY + OPTIMIZED) + critic.parameters * (2 * COPY + 2 * OPTIMIZED)
                 + max(actor.step(batch) + critic.step(batch), ASKED_AT_ONCE * actor.units * UNIT_ASKED))
     on_host = networks if device.type == "cpu" else 0
     check_memory(memory + max(on_host, judged * ROLLOUT),
