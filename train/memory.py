@@ -1,9 +1,9 @@
 """What a run will need of memory, told before it starts: `dataset.files.check_memory` refuses what would not fit.
 
-The constants were measured, as the most memory of a process that trains: the estimates are 0.95 to 1.4 times what models
-took, over batches of 2,048 to 65,536 rows, embeddings of 64 and 128 and tables of 5,000 to 400,000 rows, and 1.0 to
-1.4 times what agents took, with full memories of 20,000 to 110,000 transitions (`tests/test_memory.py`, slow). They
-leave the data aside, which `dataset.rtrl.load_splits` counts.
+The constants were measured, as the most memory of a process that trains: the estimates are 0.95 to 1.4 times what
+models took, over batches of 2,048 to 65,536 rows, embeddings of 64 and 128 and tables of 5,000 to 400,000 rows, and
+1.0 to 1.4 times what agents took, with full memories of 20,000 to 110,000 transitions (`tests/test_memory.py`, slow).
+They leave the data aside, which `dataset.rtrl.load_splits` counts.
 """
 
 from __future__ import annotations
