@@ -218,6 +218,7 @@ def _begin_worker(parent: int) -> None:
     """One thread a run, so that results depend on nothing else; Ctrl-C is the parent's; without it, end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its default is a semaphore, which a worker that is stopped would leave behind
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -270,15 +270,17 @@ def test_the_command_of_a_row_gives_its_figures(done: Path, rt_tables: Path, tmp
                 assert f"task {task}, AUC {auc:.4f}, Log-loss {logloss:.4f}" in finished.stdout
 
 
-def test_a_grid_that_was_killed_goes_on_and_repeats_nothing(done: Path, rt_tables: Path, tmp_path: Path) -> None:
+def test_a_grid_that_was_stopped_goes_on_and_repeats_nothing(done: Path, rt_tables: Path, tmp_path: Path) -> None:
     folder = shop(tmp_path, rt_tables)
     path = folder / "results" / "results.csv"
-    process = subprocess.Popen(command("experiments.py", *SMALL, "--workers=1"), cwd=folder, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command("experiments.py", *SMALL, "--workers=2"), cwd=folder, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not (path.exists() and len(results(folder)) >= 3):
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert said.startswith("stopped: ")
+    assert said.count("\n") == 1, said
     before = path.read_text().splitlines()
     assert 3 < len(before) < len(results(done)) + 1
     finished = run(folder, "experiments.py", *SMALL, "--workers=1")
