@@ -28,7 +28,7 @@ class GridArguments(Arguments):
     tables: str = setting("", "only these tables, with commas (default all)")
     only: str = setting("", "only runs whose name holds this text, and what they need")
     lambdas: str = setting("0.1,0.3,3,10", "values of lambda beside 1")
-    gammas: str = setting("0,0.5,0.99", "values of gamma beside 0.9; each needs critics of its own")
+    gammas: str = setting("0,0.99", "values of gamma beside 0.9; each needs critics of its own")
     taus: str = setting("0.05,1", "values of tau beside 0.2; each needs critics of its own")
     quick: bool = setting(False, "small: two models, 3 seeds, narrow embeddings, few epochs, and for rt a smaller "
                           "simulated log")
