@@ -104,8 +104,9 @@ class ReplayBuffer:
         saved = saved if isinstance(saved, dict) else {}
         for name, value in {"version": VERSION, **identity}.items():
             if saved.get(name) != value:
-                raise UserError(f"{path}: a memory of another {name.replace('_', ' ')} ({saved.get(name)}, not {value})"
-                                f": {REMEDY}")
+                what = "data set" if name == "data" else name.replace("_", " ")
+                raise UserError(f"{path}: a memory of another {what} ({saved.get(name)}, not {value}): {REMEDY}, or "
+                                "keep both: --memory_path=FILE")
         count, following = stored["done"].size, saved.get("next")
         for name, values in stored.items():
             if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():

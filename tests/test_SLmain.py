@@ -316,6 +316,13 @@ def test_an_unknown_model_is_refused_with_the_list(tmp_path: Path) -> None:
     assert "did you mean esmm?" in text
 
 
+def test_a_mistyped_flag_or_number_is_told_with_what_is_allowed(tmp_path: Path) -> None:
+    assert "--embed_dims=8 (did you mean --embed_dim? --help" in refused(tmp_path, "--embed_dims=8")
+    assert "--nothing (--help" in refused(tmp_path, "--nothing")
+    assert "--epoch: 0 is not 1 or more" in refused(tmp_path, "--epoch=0")
+    assert "--dropout: 1.0 is not between 0 and 0.99" in refused(tmp_path, "--dropout=1")
+
+
 def test_a_bad_label_is_refused_as_a_user_sees_it(tables: Path, tmp_path: Path) -> None:
     (tables / "manifest.json").unlink()
     lines = (tables / "train.csv").read_text().splitlines()

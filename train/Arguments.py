@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -97,11 +98,12 @@ class DataArguments(Arguments):
         return Path(self.pretrain_path) / f"{self.dataset_name}_{named(model_name, self.encoder)}.pt"
 
     def command(self, program: str, name: str, value: str) -> str:
-        """The command that makes what is missing: `python3 <program> --<name>=<value>`, for the same data set and
-        states."""
-        same = {one: getattr(self, one) for one in ("dataset_name", "encoder", "critic_encoder", "window")}
-        return " ".join([f"python3 {program} --{name}={value}", *(
-            f"--{one}={mine}" for one, mine in same.items() if mine != getattr(DataArguments, one))])
+        """The command that makes what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
+        data and states."""
+        own = [f"--{one.name}={shlex.quote(str(getattr(self, one.name)))}"
+               for one in (*fields(DataArguments), *fields(ModelArguments))
+               if getattr(self, one.name) != one.default and one.name not in ("device", "precision", "seed", "resume")]
+        return " ".join([f"python3 {program} --{name}={value}", *own])
 
 
 def named(model_name: str, encoder: str) -> str:
@@ -191,12 +193,16 @@ def check(one: Field[Any], value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
     if isinstance(value, int | float) and not low <= value <= high:
-        raise UserError(f"{flag}: {value} is not between {low:g} and {high:g}")
+        allowed = f"{low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
+        raise UserError(f"{flag}: {value} is not {allowed}")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help explains every flag)")
+        found = re.match(r"unrecognized arguments: (--\w+)", message)
+        flags = [flag for one in self._actions for flag in one.option_strings]
+        meant = difflib.get_close_matches(found[1], flags, 1, 0.8) if found else []
+        raise UserError(f"{message} ({f'did you mean {meant[0]}? ' if meant else ''}--help explains every flag)")
 
 
 def command_of(program: str, settings: Arguments) -> str:
