@@ -131,6 +131,17 @@ class Results:
         values = self.of(model, arm, figure)
         return f"{values.mean():.4f} ± {values.std():.4f}" if len(values) else "-"
 
+    def table_of(self, name: str) -> tuple[Results, list[Pair]]:
+        """The comparisons of a table, RMTL itself among its variants, and the results that they are made on."""
+        pairs, results = self.arms(name), self
+        studied = pairs[0][0] if pairs else ""
+        if name in ("ablation", "lambda", "gamma", "tau") and studied in self.models:
+            pairs = [(studied, "RMTL", "constant"), *pairs]
+            if name == "lambda":
+                results = self.by_validation([arm for _, arm, _ in pairs], studied, "lambda by validation")
+                pairs = [*pairs, (studied, "lambda by validation", "constant")]
+        return results, pairs
+
     def by_validation(self, arms: Sequence[str], model: str, name: str) -> Results:
         """With one more arm: for every seed the one of `arms` that was best on validation."""
         rows = self.table[(self.table["model"] == model) & self.table["arm"].isin(arms)].copy()
@@ -207,15 +218,9 @@ def _section(results: Results, dataset: str, out: Path) -> str:
     else:
         parts.append("For no model are baseline, controls and RMTL all there.")
     for name, title in TITLES.items():
-        pairs, with_best = results.arms(name), results
+        with_best, pairs = results.table_of(name)
         if not pairs:
             continue
-        studied = pairs[0][0]
-        if name in ("ablation", "lambda", "gamma", "tau") and studied in results.models:
-            pairs = [(studied, "RMTL", "constant"), *pairs]
-        if name == "lambda" and studied in results.models:
-            with_best = results.by_validation([arm for _, arm, _ in pairs], studied, "lambda by validation")
-            pairs = [*pairs, (studied, "lambda by validation", "constant")]
         parts += [f"### {title}", gain_table(with_best, pairs, means=True)]
     if not results.models:
         return "\n\n".join(parts)
@@ -253,9 +258,9 @@ def noticed(results: Results) -> str:
     """What differs from its control in the other tables, with p < 0.05 for a task."""
     lines = []
     for name, title in TITLES.items():
-        pairs = results.arms(name)
-        judged = results.judge(pairs)
-        for pair in pairs:
+        with_best, pairs = results.table_of(name)
+        judged = with_best.judge(pairs)
+        for pair in results.arms(name):
             of_tasks = [(task, *judged[pair, task]) for task in results.tasks]
             if any(one.p < LEVEL for _, one, _ in of_tasks):
                 lines.append(f"- {title}: {pair[0]}, {pair[1]}, against {pair[2]}: " + "; ".join(
