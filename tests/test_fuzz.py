@@ -429,7 +429,8 @@ def read_baseline(case: Case, original: Splits, identity: dict[str, Any]) -> Non
 
 def read_critic(case: Case, original: Splits, identity: dict[str, Any], settings: SLArguments) -> None:
     model = small_model(identity["field_dims"], original.train.numerical_num)
-    with blame(case, plainly.Plain([], []), re.escape(str(case.path)) + ".*: python3 RLmain.py --actor_name=esmm$"):
+    with blame(case, plainly.Plain([], []), re.escape(str(case.path))
+               + ".*: python3 RLmain.py --actor_name=esmm --embed_dim=4$"):
         polisher = make_polisher(model, settings, identity, original.train.numerical_num, torch.device("cpu"))
     value = saved_value(case)
     assert {name: value[name] for name in ("data", "numerical", "field_dims")} == {
