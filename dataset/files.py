@@ -455,7 +455,7 @@ def read_chunks(
     header = _read_header(path)
     missing = [name for name in columns if name not in header and name not in optional]
     if missing:
-        near = difflib.get_close_matches(missing[0], header, n=1)
+        near = difflib.get_close_matches(missing[0], [name for name in header if name not in columns], n=1)
         hint = f"; is '{near[0]}' misspelt?" if near else ""
         there = ", ".join(header)
         raise UserError(f"{path}, line 1: column '{missing[0]}' is missing (there are: "

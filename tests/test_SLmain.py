@@ -289,9 +289,10 @@ def test_a_state_that_was_cut_short_is_refused(ran: Path) -> None:
     assert "chkpt/SL/rt_esmm/state.pt: " in complaint(lambda: main(**TINY, resume=True))
 
 
-def test_a_new_run_sets_the_state_of_the_old_one_aside(ran: Path) -> None:
+def test_a_new_run_sets_the_state_of_the_old_one_aside(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = (ran / "chkpt/SL/rt_esmm/state.pt").read_bytes()
     main(**TINY, seed=1)
+    assert "chkpt/SL/rt_esmm: an earlier run is set aside, as *.previous.*" in capsys.readouterr().out
     assert (ran / "chkpt/SL/rt_esmm/state.previous.pt").read_bytes() == old
 
 

@@ -189,9 +189,12 @@ class RunFolder:
         """
         state = self._state_of(settings, fingerprint, origin) if resume else None
         if files.company.leads:
-            for path in [self.metrics, self.test] if state is not None else self.files:
-                if path.exists():
-                    os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+            left = [path for path in ([self.metrics, self.test] if state else self.files) if path.exists()]
+            for path in left:
+                os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+            if self.state in left:
+                print(f"{self.books}: an earlier run is set aside, as *.previous.* (--resume goes on with one of the "
+                      "same settings)\n")
         files.company.wait()
         write_json(self.config, {"command": files.own_command(), "settings": dict(settings),
                                  "torch": torch.__version__, "threads": torch.get_num_threads(), **origin,
