@@ -34,10 +34,8 @@ def _command() -> None:
         with only_run(settings.folder):
             check_writable(settings.folder, files=[path, settings.folder / "report.md"])
             failure = run_grid(settings, path)
-    if failure and not path.exists():
-        raise UserError(failure)
     if not path.exists():
-        raise UserError(f"{path}: no results yet: run this command without --report")
+        raise UserError(failure or f"{path}: no results yet: run this command without --report")
     asked = command_of("experiments.py", replace(settings, report=False, publish="", out="", workers=0))
     rows = read_results(path)
     for folder in filter(None, (str(settings.folder), settings.publish)):

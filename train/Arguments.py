@@ -100,10 +100,9 @@ class DataArguments(Arguments):
     def command(self, program: str, name: str, value: str) -> str:
         """The command that makes what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
         data and states."""
-        own = [f"--{one.name}={shlex.quote(str(getattr(self, one.name)))}"
-               for one in (*fields(DataArguments), *fields(ModelArguments))
-               if getattr(self, one.name) != one.default and one.name not in ("device", "precision", "seed", "resume")]
-        return " ".join([f"python3 {program} --{name}={value}", *own])
+        same = [one for one in (*fields(DataArguments), *fields(ModelArguments))
+                if one.name not in ("device", "precision", "seed", "resume")]
+        return " ".join([f"python3 {program} --{name}={value}", *_flags(self, same)])
 
 
 def named(model_name: str, encoder: str) -> str:
@@ -207,13 +206,18 @@ class _Parser(argparse.ArgumentParser):
 
 def command_of(program: str, settings: Arguments) -> str:
     """The command line that `parse` reads these settings from."""
-    words = ["python3", program]
-    for one in fields(settings):
+    return " ".join(["python3", program, *_flags(settings, fields(settings))])
+
+
+def _flags(settings: Arguments, among: Sequence[Field[Any]]) -> list[str]:
+    """The flags of those fields whose values are not the defaults."""
+    words = []
+    for one in among:
         value = getattr(settings, one.name)
         if value != one.default:
             flag = one.metadata["flag"] or f"--{one.name}"
             words.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
-    return " ".join(words)
+    return words
 
 
 def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
