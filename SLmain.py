@@ -15,6 +15,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -22,16 +23,29 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset.files import check_writable, exit_on_user_error, only_run
 from dataset.rtrl import RetailRocketRLDataset, Splits
+from dataset.vocabulary import map_splits
 from train.Arguments import SLArguments, parse
-from train.checkpoint import RunFolder, load_model, model_identity, save_model, write_rows
+from train.checkpoint import RunFolder, load_weights, save_model, set_aside, weights_digest, write_rows
 from train.memory import check_training, size_of
-from train.polish import find_critics, make_polisher, summary, weights_against_loss
-from train.run import evaluate_split, get_dataset, get_model, slfit
-from train.utils import Metrics, map_splits, measure, pick_device, set_seed, weights_digest
+from train.metrics import Metrics, compute_metrics, measure
+from train.polish import find_critics, make_polisher, summary
+from train.run import (
+    Training,
+    cross_entropy,
+    evaluate,
+    evaluation_batches,
+    get_dataset,
+    get_model,
+    slpred,
+    sltest,
+    sltrain,
+    weights_against_loss,
+)
+from train.utils import pick_device, set_seed
 
 
 def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int = 2, expert_num: int = 8,
@@ -61,7 +75,7 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
 def alone(work: Callable[[SLArguments, RunFolder, torch.device], list[Metrics]],
           settings: SLArguments) -> list[Metrics]:
     """Do a run as the only one that writes to its folder and, if it makes one, to the baseline. Raises UserError."""
-    device, run = pick_device(settings.device, settings.precision), RunFolder.of_model(settings)
+    device, run = pick_device(settings.device, settings.precision), settings.run
     makes_baseline = not settings.polish_lambda and settings.weighting == "equal"
     with only_run(run.books, *([settings.baseline(settings.model_name)] if makes_baseline else [])):
         return work(settings, run, device)
@@ -73,17 +87,23 @@ def train_baseline(settings: SLArguments, run: RunFolder, device: torch.device) 
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, baseline.parent, files=[*run.files, baseline])
     catemapper = map_splits(splits, settings.feature_map_rate)
+    metadata = settings.metadata(settings.model_name, splits.train.metadata)
 
-    model = fresh_model(settings, splits, catemapper.field_dims, device)
-    identity = model_identity(settings.model_name, settings, splits.fingerprint, catemapper.field_dims)
-    stopper, metrics = slfit(model, splits, settings, run, identity, device)
+    def write(path: Path, weights: dict[str, Tensor]) -> None:
+        save_model(path, weights, metadata, catemapper, settings.trained_with)
+
+    model = fresh_model(settings, splits, device)
+    training = Training(model, splits, settings, run, write, device)
+    fit(training)
+    training.take_best()
+    metrics = test(training)
+    training.finish(metrics)
     catemapper.save(run.catemapper)
     saved = [run.model]
     if settings.weighting == "equal":  # other weightings are measured against the baseline, and leave it alone
-        save_model(baseline, model, identity)
+        set_aside(baseline, metadata, settings.trained_with)
+        write(baseline, training.stopper.best_state)
         saved.append(baseline)
-
-    report(splits, stopper.best_accuracy, metrics)
     print(f"saved {' and '.join(map(str, saved))}; curves: {run.curves}")
     return metrics
 
@@ -92,54 +112,78 @@ def polish(settings: SLArguments, run: RunFolder, device: torch.device) -> list[
     """From a baseline and critics to a model fine-tuned with their weights."""
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run.books, files=run.files)
-    field_dims = map_splits(splits, settings.feature_map_rate).field_dims
+    catemapper = map_splits(splits, settings.feature_map_rate)
+    metadata = settings.metadata(settings.model_name, splits.train.metadata)
 
-    model = fresh_model(settings, splits, field_dims, device)
+    def write(path: Path, weights: dict[str, Tensor]) -> None:
+        save_model(path, weights, metadata, catemapper, settings.trained_with)
+
+    model = fresh_model(settings, splits, device)
     scratch = copy.deepcopy(model.state_dict())  # where the baseline itself began: with weights of 1 it comes out again
-    identity = model_identity(settings.model_name, settings, splits.fingerprint, field_dims)
-    load_model(settings.baseline(settings.model_name), model, identity,
-               "give the same settings as then, or train the baseline again: "
-               + settings.command("SLmain.py", "model_name", settings.model_name))
-    before = evaluate_split(model, splits.test, settings.task_num, device)
-    polisher = make_polisher(model, settings, identity, splits.train.numerical_num, device)
+    load_weights(settings.baseline(settings.model_name), model, metadata,
+                 "give the same settings as then, or train the baseline again: "
+                 + settings.command("SLmain.py", "model_name", settings.model_name))
+    baseline = evaluate(model, evaluation_batches(model, splits.test, device), settings.task_num, device)
+    polisher = make_polisher(model, settings, metadata, device)
     if settings.polish_start == "scratch":
         model.load_state_dict(scratch)
     start = weights_digest(model)
     weights = weights_against_loss(model, polisher, splits.val, splits.task_names, device)
-    stopper, metrics = slfit(model, splits, settings, run, identity, device, polisher)
+    training = Training(model, splits, settings, run, write, device, polisher)
+    fit(training)
+    write(run.last, model.state_dict())
+    last = evaluate(model, training.test, settings.task_num, device)
+    training.take_best()
+    metrics = test(training)
+    training.finish(metrics)
     write_rows(run.weights_table, weights)
 
-    report(splits, stopper.best_accuracy, metrics)
-    print("\n" + summary(settings, start, before, metrics, splits.task_names))
-    if stopper.best_epoch == 0:
+    print("\n" + summary(settings, start, baseline, metrics, last, splits.task_names))
+    if training.stopper.best_epoch == 0:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
-    print(f"saved {run.model}; weights: {run.weights}, curves: {run.curves}")
+    print(f"saved {run.model} and, of the last epoch, {run.last}; weights: {run.weights}, curves: {run.curves}")
     return metrics
 
 
-def fresh_model(settings: SLArguments, splits: Splits, field_dims: list[int], device: torch.device) -> nn.Module:
+def fit(training: Training) -> None:
+    """Train until validation no longer improves."""
+    model, device, splits = training.model, training.device, training.splits
+    while training.next_epoch():
+        loss = sltrain(model, training.optimizer, training.train, cross_entropy, device, training.polisher,
+                       weighting=training.weighting)
+        predictions = slpred(model, training.val, training.settings.task_num, device)
+        training.commit(loss, compute_metrics(predictions, splits.val.labels, splits.val.session))
+
+
+def test(training: Training) -> list[Metrics]:
+    """Print the documented result on the test split, then what it is measured against."""
+    split, names = training.splits.test, training.task_names
+    print("\n" + ", ".join(f"task {task} = {name}" for task, name in enumerate(names))
+          + "; 'best auc' is the mean over the tasks on the validation split, the lines below it are the test split")
+    print(f"test: best auc: {training.stopper.best_accuracy}", flush=True)
+    aucs, loglosses = sltest(training.model, training.test, len(names), training.device)
+    for task, (auc, logloss) in enumerate(zip(aucs, loglosses, strict=True)):
+        print(f"task {task}, AUC {auc}, Log-loss {logloss}")
+    predictions = slpred(training.model, training.test, len(names), training.device)
+    metrics = compute_metrics(predictions, split.labels, split.session)
+    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {one.session_logloss:.4f}"
+                                                            for task, one in enumerate(metrics)))
+    for task, one in enumerate(metrics):
+        print_possible(split, task, one)
+    return metrics
+
+
+def fresh_model(settings: SLArguments, splits: Splits, device: torch.device) -> nn.Module:
     """The untrained model of the settings; the same seed gives the same weights. One whose training would not fit is
     refused before it takes any memory: UserError."""
+    field_dims = splits.train.field_dims
     build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
                     settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator, settings.encoder,
-                    settings.window)
+                    settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims)
     check_training(size_of(build, field_dims, settings.embed_dim), settings.model_name,
                    min(settings.batch_size, len(splits.train)), device)
     set_seed(settings.seed)
     return build().to(device)
-
-
-def report(splits: Splits, best_accuracy: float, metrics: list[Metrics]) -> None:
-    """Print the documented result, then what it is measured against."""
-    print("\n" + ", ".join(f"task {task} = {name}" for task, name in enumerate(splits.task_names[: len(metrics)]))
-          + "; 'best auc' is the mean over the tasks on the validation split, the lines below it are the test split")
-    print(f"test: best auc: {best_accuracy:.4f}")
-    for task, one in enumerate(metrics):
-        print(f"task {task}, AUC {one.auc:.4f}, Log-loss {one.logloss:.4f}")
-    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {one.session_logloss:.4f}"
-                                                            for task, one in enumerate(metrics)))
-    for task, one in enumerate(metrics):
-        print_possible(splits.test, task, one)
 
 
 def print_possible(test: RetailRocketRLDataset, task: int, metrics: Metrics) -> None:

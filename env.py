@@ -10,7 +10,7 @@ next impression whatever the action; the last impression terminates the episode.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 
 from dataset.files import UserError, exit_on_user_error
 from dataset.rtrl import RetailRocketRLDataset, first_rows, load_splits
-from train.utils import Catemapper
+from dataset.vocabulary import Catemapper
 
 RewardType = Literal["bce", "norm"]
 Floats = NDArray[np.float32]
+MAX_IDS = 2**24
 CLIP = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
 
 
@@ -40,7 +41,11 @@ class Sessions:
     def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType, is_seq: bool, window: int) -> None:
         if reward_type not in ("bce", "norm"):
             raise UserError(f"reward type: unknown '{reward_type}': one of bce, norm")
+        self.metadata = dataset.metadata
         self.field_dims, self.numerical_num = list(dataset.field_dims), dataset.numerical_num
+        if max(self.field_dims, default=0) > MAX_IDS:
+            raise UserError(f"a field has {max(self.field_dims):,} ids: states hold them as float32, which is exact up "
+                            f"to {MAX_IDS:,}: name it in the manifest's 'long_tailed', or lower --feature_map_rate")
         self.states: Floats = np.hstack([dataset.categorical, dataset.numerical]).astype(np.float32)  # (n, F + N)
         self.labels, self.session = dataset.labels, dataset.session
         self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
@@ -83,7 +88,8 @@ class MTEnv(gym.Env[Floats, Floats]):
         window: with is_seq, how many impressions at the most.
 
     The reward is a vector of T (MO-Gymnasium's convention, with `reward_space`); `info` has the label and the action
-    that was rewarded, and the session's id.
+    that was rewarded, and the session's id. Importing this module also registers it for
+    `gym.make("RMTL/MTEnv-v0", dataset=...)`.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 -- Gymnasium's own attribute
@@ -124,12 +130,59 @@ class MTEnv(gym.Env[Floats, Floats]):
         self.row += not terminated
         return self._observe(), reward, bool(terminated), False, info
 
+    @property
+    def num_sessions(self) -> int:
+        """The episodes that there are."""
+        return len(self.sessions.starts)
+
     def vector(self, num_envs: int, episodes: NDArray[np.int64] | None = None) -> MTVectorEnv:
         """The same sessions, `num_envs` at once."""
         return MTVectorEnv(self.sessions, num_envs, episodes)
 
     def _observe(self) -> Floats:
         return self.sessions.observe(np.array([self.row]))[0]
+
+
+class States(NamedTuple):
+    """What an agent has to know of an environment: what its observations are, and what is rewarded."""
+
+    field_dims: list[int]
+    numerical_num: int
+    task_num: int
+    shape: tuple[int, ...]  # of one observation, (F + N,), or of windows (W, F + N)
+    window: int
+    reward_type: str
+    wrappers: list[str]  # names of the wrappers around the environment, the outermost first
+    metadata: dict[str, Any]  # what a model of these states has to fit (`RetailRocketRLDataset.metadata`)
+
+
+def describe(env: gym.Env[Any, Any]) -> States:
+    """Describe an `MTEnv`, plain or in wrappers; or another environment of this kind: observations of ids with an upper
+    bound, then numbers without one, and an action of T predictions. Raises UserError where it is not of this kind."""
+    inner, observed, action = env.unwrapped, env.observation_space, env.action_space
+    if not isinstance(observed, gym.spaces.Box) or not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
+        raise UserError(f"{type(inner).__name__}: observations and actions are Boxes: ids and numbers (F + N,), and "
+                        "predictions (T,)")
+    wrappers, outer = [], env
+    while isinstance(outer, gym.Wrapper):
+        if not isinstance(outer, gym.wrappers.OrderEnforcing):  # it changes nothing, and gym.make always adds it
+            wrappers.append(type(outer).__name__)
+        outer = outer.env
+    reward_type: str
+    if isinstance(inner, MTEnv):
+        sessions = inner.sessions
+        field_dims, window, reward_type, data = (sessions.field_dims, sessions.window, sessions.reward_type,
+                                                 sessions.metadata)
+    else:
+        high = observed.high if observed.high.ndim == 1 else observed.high[-1]
+        field_dims = [int(bound) + 1 for bound in high[np.isfinite(high)]]
+        window = 0 if observed.high.ndim == 1 else len(observed.high)
+        reward_type, data = type(inner).__name__, {}
+    numerical_num = observed.shape[-1] - len(field_dims)
+    names = ("data", "numerical", "features", "vocabulary")
+    metadata = {**{name: data[name] for name in names if name in data}, "field_dims": field_dims,
+                "numerical_num": numerical_num}
+    return States(field_dims, numerical_num, action.shape[0], observed.shape, window, reward_type, wrappers, metadata)
 
 
 class MTVectorEnv(gym.vector.VectorEnv):
@@ -173,10 +226,15 @@ class MTVectorEnv(gym.vector.VectorEnv):
         return observations, rewards, done, np.zeros(self.num_envs, bool), infos
 
 
+# Gymnasium's checker knows no vector rewards, and would warn of them.
+if "RMTL/MTEnv-v0" not in gym.registry:
+    gym.register("RMTL/MTEnv-v0", entry_point=f"{__name__}:MTEnv", disable_env_checker=True)
+
+
 @exit_on_user_error
 def _command() -> None:
     splits = load_splits(Path("dataset/rt"))
-    env = MTEnv(Catemapper(0.2).fit(splits.train, splits.long_tailed).map(splits.train))
+    env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)
     print(f"{len(env.sessions.starts):,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
           f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")

@@ -1,4 +1,4 @@
-"""DDPG with a multi-task model as actor and one critic a task (Liu et al., WWW 2023; Lillicrap et al., ICLR 2016)."""
+"""Plain DDPG (Lillicrap et al., ICLR 2016), a multi-task model as actor, one critic a task (Liu et al., WWW 2023)."""
 
 from __future__ import annotations
 
@@ -8,77 +8,97 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from agents.ReplayBuffer import ReplayBuffer, Transition
 from dataset.files import UserError
-from env import MTEnv
+from env import Floats, describe
 from layers import Critic, CriticNeg
 from layers.session import SessionCritic, SessionModel, inner_of, input_of, make_critic
-from slmodels import build
 from train import world
-from train.Arguments import named
-from train.checkpoint import load_model, load_tensors, put_weights, save_model, sight
+from train.Arguments import baseline_path
+from train.checkpoint import (
+    BOTTOM_MLP_DIMS,
+    TOWER_MLP_DIMS,
+    check_metadata,
+    get_optim_param,
+    load_tensors,
+    load_weights,
+    model_of,
+    put_weights,
+    save_model,
+    set_optim_param,
+    weights_digest,
+)
 from train.numbers import FirstBad, bad_tensor
-from train.utils import get_optim_param, set_optim_param, weights_digest
 
 Tensors = dict[str, Tensor]
 NETWORKS = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
-POLICY_NOISE, NOISE_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
 
 
 class DDPG_ESMM:
     """Seven networks: pretrain_actor; actor, actor_target; critic1, critic2 and their targets.
 
     Args:
-        env: the sessions that are learned from; windows of them (`is_seq`) for an encoder.
-        actor_name: any model of `slmodels`; its baseline must lie in `pretrain_path`.
-        identity: what that baseline must be (see `train.checkpoint.model_identity`); its file is
-            `<pretrain_path>/<dataset_name>_<actor_name>.pt`, with an encoder `..._<actor_name>_<encoder>.pt`.
-        encoder, critic_encoder: what actor and critics see of the session (`layers.session`), or none.
+        env: the sessions that are learned from, an `env.MTEnv` or one in wrappers; windows of them (`is_seq`) for an
+            encoder.
+        actor_name: any model of `slmodels`; its baseline is `<pretrain_path>/<dataset_name>_<actor_name>.pt`, with an
+            encoder `..._<actor_name>_<encoder>.pt`. The file says what it is; it has to fit the environment.
         gamma: discount of the next impression's reward.
-        embed_dim, bottom_mlp_dims, tower_mlp_dims, drop_out: sizes of actor and critics.
-        ou_noise_theta, ou_noise_gamma: mean and scale of the exploration noise.
-        memory_size, batch_size: of the replay buffer.
+        embed_dim, bottom_mlp_dims, tower_mlp_dims: sizes of actor and critics. Their defaults stand for the baseline's
+            own; a value that is neither is refused.
+        ou_noise_theta, ou_noise_gamma: mean and variance of the exploration noise (`select_action`).
+        memory_size, batch_size: of the replay buffer, in transitions.
         actor_reg: weight of the pull to the pretrained actor (BC).
         tau, soft_update_freq: share by which targets follow, and after how many updates.
         actor_update_freq, init_training_step: the actor trains every so many updates, after so many.
-        ips: weight the critics' losses by inverse propensities (`DDPG_ESMM_multiweight` and its children).
+        ips: weight the critics' losses by inverse propensities (`sample_weights`).
+        drop_out: share of hidden units dropped in training.
         actor_lr, critic_lr: of Adam.
+        encoder, critic_encoder: what actor and critics see of the session (`layers.session`), or none.
+
+    Raises UserError where there is no baseline, or it does not fit: other data, ids, features or sizes.
     """
 
-    def __init__(self, env: MTEnv, actor_name: str = "esmm", gamma: float = 0.9, pretrain_path: str = "./pretrain", *,
-                 identity: dict[str, Any], dataset_name: str = "rt", embed_dim: int = 128,
-                 bottom_mlp_dims: Sequence[int] = (512, 256), tower_mlp_dims: Sequence[int] = (128, 64),
-                 expert_num: int = 8, ou_noise_theta: float = 0.0, ou_noise_gamma: float = 0.4,
-                 memory_size: int = 500_000, actor_reg: float = 0.0, tau: float = 0.2, soft_update_freq: int = 2,
-                 actor_update_freq: int = 2, init_training_step: int = 10_000, ips: bool = False,
-                 batch_size: int = 512, drop_out: float = 0.2, actor_lr: float = 1e-3, critic_lr: float = 1e-3,
-                 device: torch.device | str = "cpu", seed: int = 2022, encoder: str = "none",
-                 critic_encoder: str = "none") -> None:
-        self.env, self.gamma, self.tau, self.device, self.identity = env, gamma, tau, device, identity
-        self.noise_mean, self.noise_scale, self.actor_reg, self.ips = ou_noise_theta, ou_noise_gamma, actor_reg, ips
+    trains_actor = True
+
+    def __init__(self, env: gym.Env[Any, Any], actor_name: str = "esmm", gamma: float = 0.9,
+                 pretrain_path: str | Path = "./pretrain", embed_dim: int = 128,
+                 bottom_mlp_dims: Sequence[int] = BOTTOM_MLP_DIMS, tower_mlp_dims: Sequence[int] = TOWER_MLP_DIMS,
+                 ou_noise_theta: float = 0.0, ou_noise_gamma: float = 0.4, memory_size: int = 500_000,
+                 actor_reg: float = 0.0, tau: float = 0.2, soft_update_freq: int = 2, actor_update_freq: int = 2,
+                 init_training_step: int = 10_000, ips: bool = False, batch_size: int = 512, drop_out: float = 0.2,
+                 actor_lr: float = 1e-3, critic_lr: float = 1e-3, *, dataset_name: str = "rt",
+                 encoder: str = "none", critic_encoder: str = "same", device: torch.device | str = "cpu",
+                 seed: int = 2022) -> None:
+        self.env, self.gamma, self.tau, self.device, self.seed = env, gamma, tau, device, seed
+        self.noise_mean, self.noise_variance, self.actor_reg, self.ips = ou_noise_theta, ou_noise_gamma, actor_reg, ips
         self.soft_update_freq, self.actor_update_freq = soft_update_freq, actor_update_freq
         self.init_training_step, self.updates = init_training_step, 0
-        self.critic_encoder, window = critic_encoder, env.sessions.window
-        self.fields, numerical_num = len(env.sessions.field_dims), env.sessions.numerical_num
-        self.state_shape = env.sessions.observation_space.shape  # (F + N,), or of windows (W, F + N)
-        self.task_num = env.sessions.labels.shape[1]
+        self.critic_encoder = encoder if critic_encoder == "same" else critic_encoder
+        self.states = describe(env)
+        self.state_shape, self.task_num = self.states.shape, self.states.task_num
         self.memory = ReplayBuffer(math.prod(self.state_shape), self.task_num, memory_size, batch_size, seed)
         self.rng = np.random.default_rng([seed, 7])
+        self._label_counts = np.zeros(0), 0  # of the memory's labels (2^T,), and memory.stored when they were counted
 
-        actor = build(actor_name, env.sessions.field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims,
-                      self.task_num, expert_num, drop_out, encoder, window).to(device)
-        load_model(Path(pretrain_path) / f"{dataset_name}_{named(actor_name, encoder)}.pt", actor, identity,
-                   f"train it first: python3 SLmain.py --model_name={actor_name}")
+        sizes = {"embed_dim": (embed_dim, 128), "bottom_mlp_dims": (list(bottom_mlp_dims), list(BOTTOM_MLP_DIMS)),
+                 "tower_mlp_dims": (list(tower_mlp_dims), list(TOWER_MLP_DIMS))}
+        path, hint = baseline_path(pretrain_path, dataset_name, actor_name, encoder), _hint(actor_name)
+        saved = self._read_baseline(path, hint, actor_name, encoder, sizes)
+        self.metadata = {name: value for name, value in saved.items()
+                         if name not in ("weights", "catemapper", "settings")}
+        actor = model_of(saved, path, hint, drop_out).to(device)
         self.pretrain_actor, self.actor, self.actor_target = actor, copy.deepcopy(actor), copy.deepcopy(actor)
+        widths = saved["embed_dim"], saved["bottom_mlp_dims"], saved["tower_mlp_dims"]
         self.critic1, self.critic2 = (
-            make_critic(critic_encoder, window, env.sessions.field_dims, numerical_num, embed_dim, bottom_mlp_dims,
-                        tower_mlp_dims, drop_out).to(device) for _ in range(2))
+            make_critic(self.critic_encoder, self.states.window, self.states.field_dims, self.states.numerical_num,
+                        *widths, drop_out).to(device) for _ in range(2))
         for task, critic in enumerate((self.critic1, self.critic2)):
             start_from_actor(critic, actor, task)
         self.critic1_target, self.critic2_target = copy.deepcopy(self.critic1), copy.deepcopy(self.critic2)
@@ -89,6 +109,21 @@ class DDPG_ESMM:
         self.critic1_optimizer = torch.optim.Adam(self.critic1.parameters(), lr=critic_lr, fused=True)
         self.critic2_optimizer = torch.optim.Adam(self.critic2.parameters(), lr=critic_lr, fused=True)
 
+    def _read_baseline(self, path: Path, hint: str, actor_name: str, encoder: str,
+                       sizes: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
+        """What the baseline's file holds. Raises UserError where it does not fit the environment, or a size of `sizes`,
+        each with its default, is neither that nor the baseline's."""
+        saved = load_tensors(path, hint)
+        window = {} if encoder == "none" else {"window": self.states.window}
+        check_metadata(saved, {"model_name": actor_name, "encoder": encoder, "task_num": self.task_num, **window,
+                               **self.states.metadata}, path, hint)
+        for name, (value, default) in sizes.items():
+            if value not in (default, saved.get(name)):
+                raise UserError(f"{path}: its {name} is {saved.get(name)}, not {value}: leave {name} out, or train a "
+                                f"baseline of that size: {hint} --{name}="
+                                + ",".join(map(str, value if isinstance(value, list) else [value])))
+        return saved
+
     def critics(self) -> list[tuple[CriticNeg, CriticNeg, torch.optim.Adam]]:
         """Each task's critic, its target and its optimizer."""
         return [(self.critic1, self.critic1_target, self.critic1_optimizer),
@@ -98,26 +133,56 @@ class DDPG_ESMM:
         return {name: getattr(self, name) for name in NETWORKS}
 
     @torch.no_grad()
-    def select_action(self, state: NDArray[np.float32], noise: bool = True) -> NDArray[np.float32]:
-        """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), with
-        exploration noise, within [0, 1]: (T,) or (B, T)."""
-        categorical_x, numerical_x = self.split(torch.from_numpy(state).to(self.device))
+    def select_action(self, state: ArrayLike, noise: bool = True) -> Floats:
+        """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), within
+        the environment's action space: (T,) or (B, T).
+
+        noise: add exploration noise, Gaussian of the agent's mean and variance, reflected where it leaves [0, 1]; so
+            actions spread over the interval and do not pile up at its ends.
+        """
+        observed = np.asarray(state, np.float32)
+        categorical_x, numerical_x = self.split(torch.from_numpy(observed).to(self.device))
         self.actor.eval()
-        action = self.actor(categorical_x, numerical_x).cpu().numpy()
+        action: Floats = self.actor(categorical_x, numerical_x).cpu().numpy()
         if noise:
-            drawn = self.rng.normal(self.noise_mean, self.noise_scale, action.shape)
-            action = np.clip(action + drawn, 0.0, 1.0).astype(np.float32)
-        return action[0] if state.shape == self.state_shape else action
+            drawn = self.rng.normal(self.noise_mean, math.sqrt(self.noise_variance), action.shape)
+            action = (1.0 - np.abs((action + drawn) % 2.0 - 1.0)).astype(np.float32)
+        action = self.to_action_space(action)
+        return action[0] if observed.shape == self.state_shape else action
+
+    def to_action_space(self, predictions: Floats) -> Floats:
+        """Predictions in [0, 1] as actions of the environment, which an `ActionNormalizer` takes in [-1, 1]."""
+        space = self.env.action_space
+        assert isinstance(space, gym.spaces.Box)
+        return (space.low + predictions * (space.high - space.low)).astype(np.float32)
 
     def process_batch(self, transition: Transition) -> Tensors:
-        """A sampled batch as tensors: states split into ids and numbers, the rest as it is."""
+        """A sampled batch as tensors: states split into ids and numbers, the sample weights, the rest as it is."""
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in transition.items()}
         batch = {name: tensors[name] for name in ("action", "reward", "done", "label")}
         batch["categorical_x"], batch["numerical_x"] = self.split(tensors["state"])
         batch["next_categorical_x"], batch["next_numerical_x"] = self.split(tensors["next_state"])
-        batch["weight"] = torch.ones_like(batch["reward"])
-        batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
+        batch["weight"] = self.sample_weights(batch["label"]) if self.ips else torch.ones_like(batch["reward"])
         return batch
+
+    def sample_weights(self, label: Tensor) -> Tensor:
+        """One weight a sample, (B, T): 1 / (K P(y)), P the share in the memory of samples with these very labels, of
+        which K kinds occur. All kinds count in total the same; the weights have mean 1."""
+        counts = self.label_counts()
+        shares = torch.from_numpy(counts / counts.sum()).to(label)
+        kind = (label @ (2.0 ** torch.arange(self.task_num, device=label.device))).long()
+        weight = 1.0 / (float((counts > 0).sum()) * shares[kind])
+        return weight[:, None].expand_as(label)
+
+    def label_counts(self) -> NDArray[np.float64]:
+        """How often each combination of labels is in the memory, (2^T,); combination sum_k y_k 2^k."""
+        counts, stored = self._label_counts
+        if stored != self.memory.stored:
+            labels = self.memory.data["label"][: self.memory.size]
+            kinds = (labels @ 2 ** np.arange(self.task_num)).astype(np.int64)
+            counts = np.bincount(kinds, minlength=2**self.task_num).astype(np.float64)
+            self._label_counts = counts, self.memory.stored
+        return counts
 
     def sample(self) -> tuple[Tensors, float]:
         """A batch from the memory, this process's share of it, and which share that is (1 where it is alone)."""
@@ -126,38 +191,44 @@ class DDPG_ESMM:
         return dict(zip(batch, tensors, strict=True)), part
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
-        """Mean squared TD error of one critic, times the sample weight."""
-        target = self.td_target(critic_id, critic, critic_target, transition)
+        """Mean squared TD error of one critic (), times the sample weight."""
+        return self._td_error(critic_id, critic, transition,
+                              self.td_target(critic_id, critic_target, transition))
+
+    def _td_error(self, critic_id: int, critic: Critic, transition: Tensors, target: Tensor) -> Tensor:
         action = transition["action"][:, critic_id:critic_id + 1]
         q = critic(transition["categorical_x"], transition["numerical_x"], action)
         return (transition["weight"][:, critic_id] * (q - target) ** 2).mean()
 
     @torch.no_grad()
-    def td_target(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
-        """r + gamma (1 - done) min(Q_target(s', a'), Q(s', a')), (B,); a' = actor_target(s') + clipped noise."""
+    def td_target(self, critic_id: int, critic_target: Critic, transition: Tensors) -> Tensor:
+        """r + gamma (1 - done) Q_target(s', a'), (B,), with a' = actor_target(s')."""
         state = transition["next_categorical_x"], transition["next_numerical_x"]
-        if "next_prediction" not in transition:  # both critics look at the same next states
-            transition["next_prediction"] = self.actor_target(*state)
-        action = transition["next_prediction"][:, critic_id:critic_id + 1]
-        noise = transition["noise"][:, critic_id:critic_id + 1] * POLICY_NOISE
-        action = (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(0.0, 1.0)
-        was_training = critic.training
-        next_q = torch.minimum(critic_target(*state, action), critic.eval()(*state, action))
-        critic.train(was_training)
+        next_q = critic_target(*state, self.next_prediction(transition)[:, critic_id])
+        return self._discounted(critic_id, transition, next_q)
+
+    def next_prediction(self, transition: Tensors) -> Tensor:
+        """actor_target(s'), (B, T); all critics look at the same next states."""
+        if "next_prediction" not in transition:
+            transition["next_prediction"] = self.actor_target(transition["next_categorical_x"],
+                                                              transition["next_numerical_x"])
+        return transition["next_prediction"]
+
+    def _discounted(self, critic_id: int, transition: Tensors, next_q: Tensor) -> Tensor:
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
     def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The actor's two losses: -lambda mean(Q_1 + Q_2), and the pull to the pretrained actor, actor_reg
-        mean (a - a_pretrained)^2. lambda = 1 / mean|Q(s, a)| over the batch's own actions (TD3+BC, equation (5)), the
-        whole batch's where `transition` is a part of it."""
+        """The actor's two losses: -mean(Q_1 + Q_2), and the pull to the pretrained actor, actor_reg
+        mean (a - a_pretrained)^2.
+
+        part: which share of the whole batch `transition` is.
+        """
         state = transition["categorical_x"], transition["numerical_x"]
         action = self.actor(*state)
-        q = self._values(state, action)
         with torch.no_grad():
-            size = world.total(part * self._values(state, transition["action"]).abs().mean())
-            scale = 1.0 / size.clamp(min=1e-6)
             pretrained = self.pretrain_actor(*state)
-        return -scale * q.sum(dim=0).mean(), self.actor_reg * F.mse_loss(action, pretrained)
+        q = self._values(state, action)
+        return -q.sum(dim=0).mean(), self.actor_reg * F.mse_loss(action, pretrained)
 
     def _values(self, state: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
         """Q of each task's action (T, B)."""
@@ -218,21 +289,30 @@ class DDPG_ESMM:
             for follower, leader in zip(target.parameters(), network.parameters(), strict=True):
                 follower.lerp_(leader, tau)
 
-    def save_or_load_agent(self, cwd: str, if_save: bool) -> None:
+    def save_or_load_agent(self, cwd: str | Path, if_save: bool) -> None:
         """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
 
         Each says of which `agent` it is, so that networks of two runs, one stopped while it wrote, are told apart.
         """
         paths = {name: Path(cwd) / f"{name}.pth" for name in self.networks()}
-        remedy = "train them anew: python3 RLmain.py"
+        hint = "train them anew: python3 RLmain.py"
         agent = (weights_digest(*self.networks().values()) if if_save
-                 else load_tensors(paths["pretrain_actor"], remedy).get("agent"))
-        identity = {**self.identity, **sight(self.critic_encoder, self.env.sessions.window, "critic_"), "agent": agent}
+                 else load_tensors(paths["pretrain_actor"], hint).get("agent"))
+        metadata = {**self.metadata, "critic_encoder": self.critic_encoder,
+                    "critic_window": 0 if self.critic_encoder == "none" else self.states.window, "agent": agent}
         for name, network in self.networks().items():
             if if_save:
-                save_model(paths[name], network, identity)
+                save_model(paths[name], network, metadata)
             else:
-                load_model(paths[name], network, identity, remedy)
+                load_weights(paths[name], network, metadata, hint)
+
+    def memory_metadata(self, init_episode: int) -> dict[str, Any]:
+        """What a replay memory is that this agent fills from its environment: one that differs is another."""
+        return {**self.states.metadata, "window": self.states.window if len(self.state_shape) > 1 else 0,
+                "reward_type": self.states.reward_type, "wrappers": self.states.wrappers,
+                "actor": weights_digest(self.pretrain_actor), "init_episode": init_episode,
+                "ou_noise_theta": self.noise_mean, "ou_noise_gamma": self.noise_variance,
+                "memory_size": self.memory.max_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but for the memory and the random numbers."""
@@ -253,14 +333,22 @@ class DDPG_ESMM:
         """Ids (B, F) and numbers (B, N), of windows (B, W, F) and (B, W, N), of observations or of states as the memory
         has them, (B, W (F + N))."""
         state = state.reshape(-1, *self.state_shape)
-        return state[..., : self.fields].long(), state[..., self.fields:]
+        fields = len(self.states.field_dims)
+        return state[..., :fields].long(), state[..., fields:]
+
+
+def _hint(actor_name: str) -> str:
+    return f"train it first: python3 SLmain.py --model_name={actor_name}"
 
 
 @torch.no_grad()
 def start_from_actor(critic: Critic, actor: nn.Module, task: int) -> None:
     """Let a critic's embedding begin where the actor's stands; a single-task actor has one for each task. So does its
-    encoder of the session, if both have the same one."""
+    encoder of the session, if both have the same one. From an actor that reads its fields by other means than a
+    `FieldInput` of the same ids nothing is taken: the critic begins with its own."""
     source = input_of(inner_of(actor), task)
+    if source is None:
+        return
     critic.input.embedding.load_state_dict(source.embedding.state_dict())
     mine, theirs = critic.input.numerical, source.numerical
     both = min(mine.in_features, theirs.in_features)  # without the context where only one of them sees the session

@@ -11,44 +11,81 @@ from torch import Tensor
 from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
 from agents.ReplayBuffer import Transition
+from layers import Critic
 from train import world
 
 RECORD_FREQ = 50  # updates between two looks at the actor's losses, which train nothing here
 ROWS = 4096  # next states that the actor is asked about at once
+POLICY_NOISE, NOISE_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
 
 
 class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
     """The actor stays the pretrained one; `update` trains only the critics, and records the actor's losses.
 
-    As in TD3+BC the numbers of the present impression are normalised with mean and standard deviation over the memory.
-    The critics carry both numbers with them, so that whoever asks them later normalises alike; ids are left alone.
+    Three changes make plain DDPG that of TD3+BC: `process_batch` normalises the numbers of the present impression with
+    mean and standard deviation over the memory, `get_closs` smooths the target policy and takes the smaller of two
+    targets, `get_aloss` divides Q by its mean size. The critics carry mean and deviation with them, so that whoever
+    asks them later normalises alike; ids are left alone.
     """
 
-    def __init__(self, *args: Any, **hyparams: Any) -> None:
-        super().__init__(*args, **hyparams)
-        self.recorded = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        self.next_predictions, self.seen = torch.empty(0, self.task_num), 0  # (memory.size, T), memory.stored
+    trains_actor = False
+    recorded: tuple[Tensor, Tensor] | None = None  # the actor's losses
+    next_predictions: Tensor | None = None  # (memory.size, T) in every next state
+    seen = 0  # memory.stored when `prepare` last looked
 
     def prepare(self) -> None:
-        """Take from the memory, now that it is filled, what no update changes: mean and standard deviation of the
-        numbers, into all critics, and the actor's predictions in every next state."""
+        """Take from the memory what no update changes: mean and standard deviation of the numbers, into all critics,
+        and the actor's predictions in every next state."""
         states = np.array_split(self.memory.data["next_state"][: self.memory.size], -(-self.memory.size // ROWS))
-        self.next_predictions = torch.cat([self.actor_target(*self.split(torch.from_numpy(part).to(self.device)))
-                                           for part in states])
+        with torch.no_grad():
+            self.next_predictions = torch.cat([self.actor_target(*self.split(torch.from_numpy(part).to(self.device)))
+                                               for part in states])
         self.seen = self.memory.stored
-        numerical_num = self.env.sessions.numerical_num  # of the present impression: a state's last columns
+        numerical_num = self.states.numerical_num  # of the present impression: a state's last columns
         numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -numerical_num:])
         for critic, target, _ in self.critics():
             for one in (critic, target):
                 one.mean[:numerical_num] = numbers.mean(dim=0)
-                one.std[:numerical_num] = numbers.std(dim=0) + 1e-3
+                one.std[:numerical_num] = numbers.std(dim=0, correction=min(1, len(numbers) - 1)) + 1e-3
 
     def process_batch(self, transition: Transition) -> Tensors:
-        """As the parent; about a batch of the memory that `prepare` saw the actor need not be asked again."""
+        """As the parent, for critics that normalise: their mean and deviation are taken from the memory at the first
+        batch, and again when it has grown by a tenth. For a batch of the memory as it was then the actor need not be
+        asked about the next states."""
+        if self.memory.size and (not self.seen or self.memory.stored >= 1.1 * self.seen):
+            self.prepare()
         batch = super().process_batch(transition)
-        if "index" in transition and self.seen == self.memory.stored:
+        batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
+        if "index" in transition and self.seen == self.memory.stored and self.next_predictions is not None:
             batch["next_prediction"] = self.next_predictions[torch.from_numpy(transition["index"])]
         return batch
+
+    def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
+        """Mean squared TD error of one critic (), times the sample weight; the target is TD3's."""
+        return self._td_error(critic_id, critic, transition,
+                              self.td3_target(critic_id, critic, critic_target, transition))
+
+    @torch.no_grad()
+    def td3_target(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
+        """r + gamma (1 - done) min(Q_target(s', a'), Q(s', a')), (B,); a' = actor_target(s') + clipped noise."""
+        state = transition["next_categorical_x"], transition["next_numerical_x"]
+        action = self.next_prediction(transition)[:, critic_id:critic_id + 1]
+        noise = transition["noise"][:, critic_id:critic_id + 1] * POLICY_NOISE
+        action = (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(0.0, 1.0)
+        was_training = critic.training
+        next_q = torch.minimum(critic_target(*state, action), critic.eval()(*state, action))
+        critic.train(was_training)
+        return self._discounted(critic_id, transition, next_q)
+
+    def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
+        """As the parent, but the first is -lambda mean(Q_1 + Q_2), lambda = 1 / mean|Q(s, a)| over the batch's own
+        actions (TD3+BC, equation (5)), the whole batch's where `transition` is a part of it."""
+        aloss, aloss_reg = super().get_aloss(transition, part)
+        with torch.no_grad():
+            state = transition["categorical_x"], transition["numerical_x"]
+            size = world.total(part * self._values(state, transition["action"]).abs().mean())
+            scale = 1.0 / size.clamp(min=1e-6)
+        return scale * aloss, aloss_reg
 
     def _target_soft_update(self, tau: float) -> None:
         """The actor does not move, so only the critics' targets follow."""
@@ -62,14 +99,15 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
             with torch.no_grad():
                 aloss, aloss_reg = world.total(part * torch.stack(self._actor_losses(transition, part)))
                 self.recorded = aloss, aloss_reg
+        assert self.recorded is not None
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
         return closses[0], closses[-1], *self.recorded
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "recorded": [float(one) for one in self.recorded]}
+        return {**super().state_dict(), "recorded": [float(one) for one in self.recorded or ()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        aloss, aloss_reg = (torch.tensor(one, device=self.device) for one in state["recorded"])
+        aloss, aloss_reg = (torch.tensor(one, device=self.device) for one in state["recorded"] or (0.0, 0.0))
         self.recorded = aloss, aloss_reg

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from agents.DDPG_ESMM import DDPG_ESMM, Tensors
-from agents.ReplayBuffer import Transition
+from agents.DDPG_ESMM import DDPG_ESMM
 
 
 class DDPG_ESMM_multiweight(DDPG_ESMM):
@@ -15,11 +16,10 @@ class DDPG_ESMM_multiweight(DDPG_ESMM):
     weights have mean 1. Without `ips` every weight is 1.
     """
 
-    def process_batch(self, transition: Transition) -> Tensors:
-        """As the parent; "weight" (B, T) holds the sample weights."""
-        batch = super().process_batch(transition)
-        if self.ips:
-            positive = torch.from_numpy(self.memory.data["label"][: self.memory.size].mean(axis=0)).to(self.device)
-            share = torch.where(batch["label"] > 0, positive, 1 - positive)  # (B, T)
-            batch["weight"] = 1.0 / (2.0 * share)
-        return batch
+    def sample_weights(self, label: Tensor) -> Tensor:
+        """One weight for every sample and task, (B, T)."""
+        counts = self.label_counts()
+        kinds = np.arange(len(counts))[:, None] >> np.arange(self.task_num) & 1  # (2^T, T) labels of each combination
+        positive = torch.from_numpy(counts @ kinds / counts.sum()).to(label)
+        share = torch.where(label > 0, positive, 1 - positive)  # (B, T)
+        return 1.0 / (2.0 * share)

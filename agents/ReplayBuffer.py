@@ -16,7 +16,7 @@ from dataset.files import UserError, atomic_file, open_sealed, seal
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
-VERSION = 1
+VERSION = 2
 REMEDY = "run RLmain.py with --refill to fill a new one"
 
 
@@ -49,21 +49,34 @@ class ReplayBuffer:
         """From now on draw as this seed says."""
         self.rng = np.random.default_rng(list(seed))
 
-    def store(self, state: Floats, action: Floats, next_state: Floats, reward: Floats, done: Any,
-              label: Floats) -> None:
+    def store(self, state: Any, action: Any, next_state: Any = None, reward: Any = None, done: Any = None,
+              label: Any = None, *, nstate: Any = None) -> None:
         """Store one transition, or many with a leading axis: states (n, S), actions (n, T), done (n,), ...
 
-        Raises UserError where a number is none: it would come back as a loss that is none, much later.
+        nstate: the next state by its published name.
+
+        Raises UserError where a number is none: it would come back as a loss that is none, much later. ValueError where
+        a part of the transition is missing, or of another width than the buffer's.
         """
-        given = {"state": state, "action": action, "next_state": next_state, "reward": reward, "label": label}
-        rows = {name: np.atleast_2d(value)[-self.max_size:] for name, value in given.items()}
+        given = {"state": state, "action": action, "next_state": nstate if next_state is None else next_state,
+                 "reward": reward, "label": label}
+        missing = [name for name, value in {**given, "done": done}.items() if value is None]
+        if missing:
+            raise ValueError(f"replay memory: a transition without '{missing[0]}'")
+        rows = {name: np.atleast_2d(np.asarray(value, np.float32))[-self.max_size:] for name, value in given.items()}
         for name, value in rows.items():
+            if value.shape[1] != self.data[name].shape[1]:
+                raise ValueError(f"replay memory: '{name}' has {value.shape[1]} numbers a transition, not "
+                                 f"{self.data[name].shape[1]}")
             if not np.isfinite(value).all():
                 row, column = np.argwhere(~np.isfinite(value))[0]
                 where = f"column {column}" if name.endswith("state") else f"task {column}"
                 raise UserError(f"replay memory: the {name} of transition {self.stored + row}, {where}, is "
                                 f"{value[row, column]}: it is not stored, and nothing is trained on it")
-        rows["done"] = np.atleast_1d(done)[-self.max_size:]
+        rows["done"] = np.atleast_1d(np.asarray(done, np.float32))[-self.max_size:]
+        if len({len(value) for value in rows.values()}) > 1:
+            raise ValueError("replay memory: " + ", ".join(f"{len(value)} of '{name}'" for name, value in rows.items())
+                             + ": one of each is needed for every transition")
         at = (self.next + np.arange(len(rows["done"]))) % self.max_size
         for name, value in rows.items():
             self.data[name][at] = value
@@ -74,6 +87,9 @@ class ReplayBuffer:
     def sample_batch(self) -> Transition:
         """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly; "index" (B,) tells
         which they are."""
+        if not self.size:
+            raise UserError("the replay memory is empty: fill it first, with train.run.one_iter_offline(agent) or with "
+                            "memory.store(...)")
         index = self.rng.choice(self.size, min(self.batch_size, self.size), replace=False, shuffle=False)
         return {**self._named(self.rows[index]), "index": index}
 
@@ -83,8 +99,9 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return self.size
 
-    def save(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def save(self, path: str | Path, identity: Mapping[str, Any]) -> None:
         """Write `.npz`, with what the memory is (data, reward type, actor, ...) and its checksum."""
+        path = Path(path)
         stored = {name: values[: self.size] for name, values in self.data.items()}
         text = json.dumps({"version": VERSION, "next": self.next, **identity})
         with atomic_file(path) as partial:
@@ -92,8 +109,9 @@ class ReplayBuffer:
                 np.savez(file, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
             seal(partial)
 
-    def load(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def load(self, path: str | Path, identity: Mapping[str, Any]) -> None:
         """Read what `save` wrote. Raises UserError where it is damaged or of another identity, saying in what."""
+        path = Path(path)
         with open_sealed(path, REMEDY) as file, zipfile.ZipFile(file) as archive:
             try:
                 saved = json.loads(_array(archive, "identity", np.dtype(np.uint8)).tobytes())

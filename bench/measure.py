@@ -33,12 +33,13 @@ from dataset.files import read_table
 from dataset.prepare import prepare
 from dataset.rtrl import Batches, RetailRocketRLDataset, Splits
 from dataset.simulate import Size
+from dataset.vocabulary import Catemapper, map_splits
 from env import MTEnv
-from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
-from train.checkpoint import model_identity, save_model
+from train.Arguments import SLArguments
+from train.checkpoint import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, save_model
 from train.offline import fill
 from train.run import DROPOUT, EVALUATION_BATCH, evaluate, get_dataset, get_model, sltrain
-from train.utils import Catemapper, map_splits, pick_device, set_seed
+from train.utils import pick_device, set_seed
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, EMBED_DIM, EXPERTS, LEARNING_RATE, WEIGHT_DECAY, SEED = 2048, 128, 8, 1e-3, 1e-6, 2022
@@ -176,7 +177,7 @@ def sessions(folder: Path) -> Figures:
                              **{f"{name}_time": "optional_id" for name in labels}}
     table = read_table(folder / "rt" / "train.csv", kinds)
     items = read_table(folder / "rt" / "item_feadf.csv", {"itemid": "id", **dict.fromkeys(names, "optional_text")})
-    mapper = Catemapper(0.2).fit(splits.train, splits.long_tailed)
+    mapper = Catemapper(0.2).fit(splits.train)
     built = splits.train
     return {"rows_per_s": rate(lambda: MTEnv(mapper.map(RetailRocketRLDataset(table, items, names, labels))),
                                len(table), 5),
@@ -186,21 +187,18 @@ def sessions(folder: Path) -> Figures:
 def agent_of(folder: Path, **hyparams: Any) -> DDPG_ESMM_BC:
     train_split = data(folder).train
     device = pick_device("cpu")
-    settings = type("Sizes", (), {"task_num": 2, "expert_num": EXPERTS, "embed_dim": EMBED_DIM, "numerical": "session",
-                                 "encoder": "none", "window": 10})
-    identity = model_identity("esmm", settings, "bench", train_split.field_dims)  # type: ignore[arg-type]
     set_seed(SEED)
     actor = get_model("esmm", train_split.field_dims, train_split.numerical_num, 2, EXPERTS, EMBED_DIM)
     with tempfile.TemporaryDirectory() as pretrain:
-        save_model(Path(pretrain) / "rt_esmm.pt", actor, identity)
-        return DDPG_ESMM_BC(MTEnv(train_split), "esmm", pretrain_path=pretrain, identity=identity, device=device,
-                            **hyparams)
+        metadata = SLArguments(expert_num=EXPERTS, embed_dim=EMBED_DIM).metadata("esmm", train_split.metadata)
+        save_model(Path(pretrain) / "rt_esmm.pt", actor, metadata)
+        return DDPG_ESMM_BC(MTEnv(train_split), "esmm", pretrain_path=pretrain, device=device, **hyparams)
 
 
 def memory(folder: Path) -> Figures:
     """Transitions a second through the vector environment into the replay buffer: uniform actions, or the actor's."""
     agent, rng = agent_of(folder), np.random.default_rng(SEED)
-    rows = len(agent.env.sessions.states)
+    rows = len(data(folder).train)
     return {"rows_per_s": rate(lambda: fill(agent, lambda state: rng.random((len(state), 2), np.float32)), rows, 5),
             "with_actor": rate(lambda: fill(agent, agent.select_action), rows, 3)}
 
@@ -211,7 +209,6 @@ def critics(folder: Path) -> Figures:
     for batch in (BATCH, 512):
         agent = agent_of(folder, batch_size=batch)
         fill(agent, agent.select_action)
-        agent.prepare()
         updates = 20 * BATCH // batch
         figures["rows_per_s" if batch == BATCH else f"batch_{batch}"] = rate(
             lambda agent=agent, updates=updates: [agent.update() for _ in range(updates)],  # type: ignore[misc]

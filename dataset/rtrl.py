@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from dataset.files import (
     Kind,
@@ -46,6 +47,8 @@ Floats = NDArray[np.float32]
 Numerical = Literal["session", "none"]
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
 
+Example = tuple[Ids, Floats, Floats]  # the same of one row (F,), (N,), (T,), or of several rows
+
 NUMERICAL = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
 _MEANING = ("categorical", "tables", "context", "long_tailed", "tasks")  # of a manifest: what the columns are
 BYTES_A_ROW = 256  # at the most, while tables become arrays (measured by `bench.scale`)
@@ -68,26 +71,39 @@ class Field:
     values: NDArray[np.object_]  # (number of distinct values,) of str
 
 
-class RetailRocketRLDataset:
-    """One split of the MDP tables as arrays, rows in order of session and time.
+class RetailRocketRLDataset(Dataset[Example]):
+    """One split of the MDP tables as arrays, rows in order of session and time; a torch `Dataset` once it has ids.
+
+    `RetailRocketRLDataset("dataset/rt/train.csv")` reads a split of a data set's folder; `load_splits` makes all three.
+
+    Args:
+        table: the path of `train.csv`, `val.csv` or `test.csv`, or the rows themselves; then the next three are needed.
+        items: the item table, or several tables of features; a field that is in none is a column of `table`.
+        field_names, label_names: the categorical fields, and the labels, one a task.
+        numerical: the session so far, or `none`: the published single zero.
+        so_far: the numbers of `table`'s rows (n, N), where they look back further than the session (`history_so_far`).
 
     Attributes:
         fields: per field name its `Field`, before any mapping to ids.
-        categorical: (n, F) int64 ids; set by `Catemapper.map`.
+        categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
         numerical: (n, N) float32, the session or the user so far (`NUMERICAL`), or one column of zeros.
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are neighbours.
+        keys: per key its ids (n,) int64: `itemid`, and of other tables of features, such as the user's.
         timestamp: (n,) int64 ms.
         truth: what the simulator knows of each row (`dataset.simulate.TRUTH_KINDS`) if the log is simulated, else None.
+        long_tailed: fields of which only the frequent values are kept; None where nobody said.
     """
 
-    def __init__(self, table: pd.DataFrame, items: pd.DataFrame | Sequence[SideTable], field_names: list[str],
-                 label_names: list[str], numerical: Numerical = "session", truth: pd.DataFrame | None = None,
-                 so_far: Floats | None = None) -> None:
-        """Fields come from the item table, or from several side tables; what is in none is a column of `table`.
-
-        so_far: the numbers of `table`'s rows (n, N), where they look back further than the session (`history_so_far`).
-        """
+    def __init__(self, table: str | Path | pd.DataFrame, items: pd.DataFrame | Sequence[SideTable] = (),
+                 field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: Numerical = "session",
+                 truth: pd.DataFrame | None = None, so_far: Floats | None = None) -> None:
+        if not isinstance(table, pd.DataFrame):
+            self.__dict__ |= vars(_read_one_split(Path(table), numerical))
+            return
+        self.source: dict[str, Any] = {}
+        self.long_tailed: list[str] | None = None
+        label_names = list(label_names)
         order = _session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy(copy=True)
@@ -95,7 +111,9 @@ class RetailRocketRLDataset:
         self.labels: Floats = table[label_names].to_numpy(np.float32, copy=True)
         self.truth = None if truth is None else truth.iloc[order].reset_index(drop=True)
         self.fields: dict[str, Field] = {}
+        self.keys: dict[str, Ids] = {}
         for key, side in [SideTable("itemid", items)] if isinstance(items, pd.DataFrame) else items:
+            self.keys[key] = table[key].to_numpy(copy=True)
             at = pd.Index(side[key]).get_indexer(pd.Index(table[key]))  # -1: an item, or user, without properties
             self.fields |= {name: _field(side[name].to_numpy(), at) for name in field_names if name in side}
         rows = np.arange(len(table))
@@ -105,17 +123,33 @@ class RetailRocketRLDataset:
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
             self.numerical = session_so_far(table, label_names) if so_far is None else so_far[order]
+        self._numerical_mode = numerical
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
+        self.vocabulary = ""
 
     @property
     def categorical(self) -> Ids:
         if self._categorical is None:
-            raise RuntimeError("the data set has no ids yet: call Catemapper.map(dataset) first")
+            raise UserError("the data set has no ids yet: Catemapper(0.2).fit(train).map(dataset) gives it some")
         return self._categorical
 
-    def set_ids(self, categorical: Ids, field_dims: list[int]) -> None:
-        self._categorical, self.field_dims = categorical, field_dims
+    def set_ids(self, categorical: Ids, field_dims: Sequence[int], vocabulary: str = "") -> None:
+        """Give the rows their ids (n, F); `vocabulary` is the digest of the mapping that they come from."""
+        self._categorical, self.field_dims, self.vocabulary = categorical, list(field_dims), vocabulary
+
+    @property
+    def itemid(self) -> Ids:
+        """The item of each row, (n,)."""
+        return self.keys["itemid"]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a model of these features has to fit: data, features with their version, ids and tasks."""
+        features = features_version() if self._numerical_mode == "session" else ""
+        return {"data": "", "tasks": [], **self.source, "numerical": self._numerical_mode, "features": features,
+                "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
+                "numerical_num": self.numerical_num}
 
     @property
     def best(self) -> NDArray[np.float64] | None:
@@ -129,7 +163,7 @@ class RetailRocketRLDataset:
     def __len__(self) -> int:
         return len(self.session)
 
-    def __getitem__(self, index: Any) -> tuple[Ids, Floats, Floats]:
+    def __getitem__(self, index: Any) -> Example:
         """Return ids, numbers and labels of the rows `index` (a number, a slice or an array)."""
         return self.categorical[index], self.numerical[index], self.labels[index]
 
@@ -264,6 +298,22 @@ def history_so_far(tables: Mapping[str, pd.DataFrame], key: str, labels: Sequenc
     return dict(zip(tables, np.split(numbers, ends[:-1]), strict=True))
 
 
+def features_version() -> str:
+    """A digest of what `session_so_far` and `history_so_far` make of a small log: another one, other features.
+
+    It is part of what models, critics and replay buffers say of themselves, so that none is used with numbers that
+    mean something else. Values are rounded to five decimals, which machines agree in.
+    """
+    rows = np.arange(24)
+    log = pd.DataFrame({"timestamp": 7_000 * rows + 900 * rows**2, "sessionid": rows // 5, "user": rows // 10,
+                        "click": np.isin(rows % 7, (0, 2, 3)).astype(float), "pay": (rows % 7 == 2).astype(float)})
+    times = {f"{label}_time": (log["timestamp"] + delay).where(log[label] > 0)
+             for label, delay in (("click", 9_000.0), ("pay", 60_000.0))}
+    looks = (session_so_far(log), session_so_far(log.assign(**times)),
+             history_so_far({"train": log.assign(**times)}, "user", ("click", "pay"))["train"])
+    return hashlib.sha256(np.round(np.stack(looks).astype(np.float64), 5).tobytes()).hexdigest()[:16]
+
+
 def _known_outcomes(table: pd.DataFrame, label: str, start: Ids, rows: Ids) -> tuple[NDArray[Any], NDArray[Any]]:
     """How many outcomes of earlier rows are known at each row, and whether the row before has a known one."""
     happened = table[label].to_numpy() > 0
@@ -331,7 +381,30 @@ def load_splits(path: Path, numerical: Numerical = "session") -> Splits:
     history = history_so_far(tables, manifest["history"], labels) if manifest["history"] else {}
     splits = {name: RetailRocketRLDataset(tables[name], sides, names, labels, numerical, truth.get(name),
                                           history.get(name)) for name in SPLITS}
+    for split in splits.values():
+        split.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
+        split.long_tailed = list(manifest["long_tailed"])
     return Splits(splits["train"], splits["val"], splits["test"], manifest, fingerprint)
+
+
+def find_folder(path: Path, name: str) -> Path:
+    """The folder of a data set, told by that folder, by its `train.csv`, or by the folder above it and a name."""
+    if path.suffix == ".csv" or path.is_file():
+        return path.parent
+    inner, named = path / name, path.name == name
+    holds_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
+    if (named and holds_splits) or (not inner.exists() and (named or holds_splits)):
+        return path
+    return inner
+
+
+def _read_one_split(path: Path, numerical: Numerical) -> RetailRocketRLDataset:
+    if path.stem not in SPLITS or path.suffix != ".csv":
+        raise UserError(f"{path}: not a split of a data set: the path of its train.csv, val.csv or test.csv is needed")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    splits = load_splits(path.parent, numerical)
+    return {"train": splits.train, "val": splits.val, "test": splits.test}[path.stem]
 
 
 def _read_manifest(file: Path) -> dict[str, Any]:

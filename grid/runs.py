@@ -39,7 +39,7 @@ Row = dict[str, str]
 def perform(run: Run, grid: GridArguments, machine: str) -> Row:
     """Run it to its end, in this process; return its row. Raises UserError as the program does."""
     started, folder, settings = time.time(), run.folder(grid), run.settings(grid)
-    if _saved_settings(folder) != asdict(settings):
+    if _saved_settings(folder) != settings.plain():
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \

@@ -3,7 +3,7 @@ any of them see the session (`session`)."""
 
 from layers.critic import Critic, CriticNeg
 from layers.esmm import ESMM
-from layers.layers import EmbeddingLayer, Experts, FieldInput, Fields, Gate, MultiLayerPerceptron
+from layers.layers import EmbeddingLayer, Experts, FieldInput, Fields, Gate, MultiLayerPerceptron, MultiTaskModel
 
 __all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FieldInput", "Fields", "Gate",
-           "MultiLayerPerceptron"]
+           "MultiLayerPerceptron", "MultiTaskModel"]

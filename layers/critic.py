@@ -54,8 +54,21 @@ class Critic(nn.Module):
         return self.tower(h).squeeze(1)
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
-        """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,)."""
-        return self.score(categorical_x, numerical_x, action)
+        """Take ids (B, F), numbers (B, N) and one action each, (B,) or (B, 1); return Q (B,).
+
+        One sample, (F,) and (N,), gives a tensor of length 1. Raises ValueError for actions of another shape.
+        """
+        if categorical_x.ndim == 1:
+            categorical_x, numerical_x, action = categorical_x[None], numerical_x[None], action.reshape(1, -1)
+        rows = len(categorical_x)
+        if tuple(action.shape) not in ((rows,), (rows, 1)):
+            raise ValueError(f"action: shape {tuple(action.shape)}, but one action for each of {rows} rows is needed: "
+                             f"({rows},) or ({rows}, 1)")
+        return self.q(self.score(categorical_x, numerical_x, action.reshape(rows, 1)))
+
+    def q(self, score: Tensor) -> Tensor:
+        """What the last pre-activation (B,) says of Q (B,)."""
+        return score
 
 
 class _NonPositive(torch.autograd.Function):
@@ -97,9 +110,9 @@ class CriticNeg(Critic):
             layer.reset_parameters()
         nn.init.ones_(self.tower.output.bias)
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
-        """Take ids (B, F), numbers (B, N) and one action (B, 1); return Q (B,) <= 0."""
-        return _NonPositive.apply(self.score(categorical_x, numerical_x, action))
+    def q(self, score: Tensor) -> Tensor:
+        """Q = -ReLU(score) <= 0, (B,)."""
+        return _NonPositive.apply(score)
 
 
 def zero_share(q: Tensor) -> float:

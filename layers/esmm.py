@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron
+from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
 
 
-class ESMM(nn.Module):
+class ESMM(MultiTaskModel):
     """One shared bottom, T towers; p(CTR) = sigmoid(tower_0), p(task t) = p(CTR) sigmoid(tower_t).
 
     The second product is the paper's equation (1), pCTCVR = pCTR x pCVR: the conversion rate is learned over the
@@ -26,15 +26,15 @@ class ESMM(nn.Module):
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
-                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, dropout: float) -> None:
+                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int,
+                 dropout: float = 0.2) -> None:
         super().__init__()
         self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
         self.bottom = MultiLayerPerceptron(self.input.output_dim, bottom_mlp_dims, dropout, output_layer=False)
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         h = self.bottom(self.input(categorical_x, numerical_x))  # (B, H)
         p_ctr, *p_conversions = [torch.sigmoid(tower(h)) for tower in self.towers]  # (B, 1) each
         return torch.cat([p_ctr, *(p_ctr * p for p in p_conversions)], dim=1)

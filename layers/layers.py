@@ -54,6 +54,21 @@ class FieldInput(nn.Module):
         return Fields(self.embedding, self.numerical, categorical_x, numerical_x)
 
 
+class MultiTaskModel(nn.Module):
+    """The parent of all models: a child says what it predicts for a batch."""
+
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
+        """Take ids (B, F) and numbers (B, N), or one sample (F,) and (N,); return predictions (B, T) or (T,)
+        in (0, 1)."""
+        if categorical_x.ndim == 1:
+            return self.batch_forward(categorical_x[None], numerical_x[None])[0]
+        return self.batch_forward(categorical_x, numerical_x)
+
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
+        """Predictions (B, T) of ids (B, F) and numbers (B, N)."""
+        raise NotImplementedError
+
+
 class Fields:
     """concat(e_1[x_1], ..., e_F[x_F], A n + c), not yet written out. Shape (B, (F + 1) D)."""
 

@@ -41,6 +41,9 @@ class SessionEncoder(nn.Module):
     def forward(self, embedding: EmbeddingLayer, categorical_x: Tensor,
                 numerical_x: Tensor) -> tuple[Tensor, Tensor]:
         """Take a window; return the present ids (B, F), and the present numbers joined by the context (B, N + C)."""
+        if categorical_x.ndim != 3:
+            raise ValueError(f"ids of shape {tuple(categorical_x.shape)}: a network with an encoder takes windows, "
+                             "(B, W, F) and (B, W, N), as dataset.rtrl.Batches(..., window=W) makes them")
         known = categorical_x[:, :, 0] >= 0  # (B, W); M of them are impressions
         impressions = Fields(embedding, self.numerical, categorical_x[known], numerical_x[known])
         context = self.read(impressions.linear(self.step.weight, self.step.bias), known)
@@ -103,11 +106,16 @@ class SessionModel(nn.Module):
                  embed_dim: int, window: int) -> None:
         super().__init__()
         self.inner = make(numerical_num + CONTEXT)
+        if input_of(self.inner) is None:
+            raise ValueError(f"{type(self.inner).__name__} trains without an encoder of the session, which shares the "
+                             "embedding of `model.input`, a layers.FieldInput: it has none")
         self.encoder = WITH_ENCODER[encoder](field_num, numerical_num, embed_dim, window)
 
     def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         """Take ids (B, W, F) and numbers (B, W, N); return predictions (B, T) in (0, 1)."""
-        predictions: Tensor = self.inner(*self.encoder(input_of(self.inner).embedding, categorical_x, numerical_x))
+        source = input_of(self.inner)
+        assert source is not None
+        predictions: Tensor = self.inner(*self.encoder(source.embedding, categorical_x, numerical_x))
         return predictions
 
 
@@ -140,11 +148,12 @@ def inner_of(model: nn.Module) -> nn.Module:
     return model.inner if isinstance(model, SessionModel) else model
 
 
-def input_of(model: nn.Module, task: int = 0) -> FieldInput:
-    """The input of a model of `slmodels`; a single-task model has one for each task."""
-    found = model.inputs[task] if hasattr(model, "inputs") else model.input  # type: ignore[index]
-    assert isinstance(found, FieldInput)
-    return found
+def input_of(model: nn.Module, task: int = 0) -> FieldInput | None:
+    """The input of a model of `slmodels`; a single-task model has one for each task. None for a model that reads its
+    fields by other means."""
+    inputs = getattr(model, "inputs", None)
+    found = getattr(model, "input", None) if inputs is None else inputs[task]
+    return found if isinstance(found, FieldInput) else None
 
 
 def window_of(network: nn.Module) -> int:

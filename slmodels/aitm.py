@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron
+from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
 
 
-class AITM(nn.Module):
+class AITM(MultiTaskModel):
     """Each task's tower receives what the task before it knows, weighted by attention.
 
     q_t = bottom_t(x), z_0 = q_0, and for t > 0 with p = transfer_t(z_{t-1}): z_t = sum_u w_u V(u) over u in {p, q_t},
@@ -34,8 +34,7 @@ class AITM(nn.Module):
             nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(task_num - 1)) for _ in range(3))
         self.towers = nn.ModuleList(MultiLayerPerceptron(hidden, tower_mlp_dims, dropout) for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
         z, *own = [bottom(x) for bottom in self.bottoms]  # (B, H) each
         states = [z]

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from layers.layers import FieldInput
+from layers.layers import FieldInput, MultiTaskModel
 
 CRITIC_NUM = 5  # K, as the paper's code
 INNER_LR = 2e-4  # of the one gradient step on the support set
 
 
-class MetaHeac(nn.Module):
+class MetaHeac(MultiTaskModel):
     """p_t = sum_k g_tk sigmoid(critic_k(sum_e h_te expert_e(x))).
 
     Both gates, h_t over experts and g_t over critics, are softmaxes of one linear layer each on [v_t, mean_f e_f(x)]: a
@@ -41,8 +41,7 @@ class MetaHeac(nn.Module):
         self.expert_gate = nn.Linear(2 * embed_dim, expert_num)
         self.critic_gate = nn.Linear(2 * embed_dim, CRITIC_NUM)
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x).concat()  # (B, (F + 1) D)
         mean = x.unflatten(1, (-1, self.tasks.embedding_dim)).mean(dim=1)  # (B, D)
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, H)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, mixture
+from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, MultiTaskModel, mixture
 
 
-class MMoE(nn.Module):
+class MMoE(MultiTaskModel):
     """p_t = sigmoid(tower_t(sum_e g_te(x) f_e(x))): the paper's equations (6) and (7).
 
     Arguments as `layers.ESMM`, and expert_num: E.
@@ -26,8 +26,7 @@ class MMoE(nn.Module):
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
         experts = self.experts(x)  # (B, E, H)
         mixed = mixture([gate(x) for gate in self.gates], experts)

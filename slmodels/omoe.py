@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, mixture
+from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, MultiTaskModel, mixture
 
 
-class OMoE(nn.Module):
+class OMoE(MultiTaskModel):
     """p_t = sigmoid(tower_t(sum_e g_e(x) f_e(x))): one gate for all tasks. Arguments as `slmodels.mmoe.MMoE`."""
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -23,8 +23,7 @@ class OMoE(nn.Module):
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
         (h,) = mixture([self.gate(x)], self.experts(x))  # (B, H)
         return torch.sigmoid(torch.cat([tower(h) for tower in self.towers], dim=1))

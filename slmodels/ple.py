@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, Input, MultiLayerPerceptron, mixture
+from layers.layers import Experts, FieldInput, Gate, Input, MultiLayerPerceptron, MultiTaskModel, mixture
 
 
 class Extraction(nn.Module):
@@ -46,7 +46,7 @@ class Extraction(nn.Module):
         return outputs, sum((mine[1] for mine in from_own), from_common[-1])
 
 
-class PLE(nn.Module):
+class PLE(MultiTaskModel):
     """A level of `Extraction` for each width of `bottom_mlp_dims`, then a tower for each task.
 
     Arguments as `layers.ESMM`, and expert_num: half of them shared, half of them each task's own, at every level.
@@ -67,8 +67,7 @@ class PLE(nn.Module):
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         shared: Input = self.input(categorical_x, numerical_x)
         tasks: list[Input] = [shared] * len(self.towers)
         for level in self.levels:

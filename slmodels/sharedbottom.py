@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron
+from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
 
 
-class SharedBottom(nn.Module):
+class SharedBottom(MultiTaskModel):
     """p_t = sigmoid(tower_t(bottom(x))). Arguments as `layers.ESMM`."""
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -21,7 +21,6 @@ class SharedBottom(nn.Module):
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         h = self.bottom(self.input(categorical_x, numerical_x))  # (B, H)
         return torch.sigmoid(torch.cat([tower(h) for tower in self.towers], dim=1))

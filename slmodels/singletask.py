@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron
+from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
 
 
-class SingleTask(nn.Module):
+class SingleTask(MultiTaskModel):
     """p_t = sigmoid(MLP_t(x)), each task with an embedding of its own. Arguments as `layers.ESMM`."""
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -22,8 +22,7 @@ class SingleTask(nn.Module):
         self.networks = nn.ModuleList(MultiLayerPerceptron(input_dim, [*bottom_mlp_dims, *tower_mlp_dims], dropout)
                                       for _ in range(task_num))
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N); return predictions (B, T) in (0, 1)."""
+    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         scores = [network(own_input(categorical_x, numerical_x))
                   for own_input, network in zip(self.inputs, self.networks, strict=True)]
         return torch.sigmoid(torch.cat(scores, dim=1))

@@ -13,7 +13,7 @@ FLOORS = {
     "layers": 1, "dataset": 1,
     "slmodels": 2, "train": 2,
     "env": 3, "agents": 3,
-    "train.run": 4, "train.offline": 4, "train.polish": 4,
+    "train.run": 4, "train.offline": 4,
     "SLmain": 5, "RLmain": 5,
     "bench": 6, "grid": 6, "experiments": 6,
 }

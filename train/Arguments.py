@@ -11,20 +11,21 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from dataset.files import UserError, is_file_name
 from layers.session import ENCODERS
 from slmodels import MODELS
-from train.utils import RlLossPolisher
+from train.checkpoint import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RunFolder, model_metadata
 from train.weighting import WEIGHTINGS
 
-BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # of all models and critics, as documented
-TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
+POLISH_METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
+AGENT_NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the folders of results
+SIZES = ("task_num", "embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims")  # of a model
 
-Settings = TypeVar("Settings", bound="Arguments")
+Parsed = TypeVar("Parsed", bound="Settings")
 
 
 def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
@@ -36,27 +37,53 @@ def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] =
 
 
 @dataclass(kw_only=True)
-class Arguments:
+class Settings:
     """The settings of a program. Checks every setting's range. Raises UserError."""
 
     def __post_init__(self) -> None:
         for one in fields(self):
             check(one, getattr(self, one.name))
+            if isinstance(one.default, tuple):
+                setattr(self, one.name, tuple(getattr(self, one.name)))
+
+    def plain(self) -> dict[str, Any]:
+        """All settings, as files hold them: a list for a tuple."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 @dataclass(kw_only=True)
-class ModelArguments(Arguments):
-    """How large a model is."""
+class Arguments(Settings):
+    """What both programs take: parameters of the model, of the training, and of data and files.
 
+    An object of it, or of a child, can be handed to `RLmain.create_sub_agent`.
+    """
+
+    # the model
     task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
     expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
+    bottom_mlp_dims: tuple[int, ...] = setting(BOTTOM_MLP_DIMS, "widths of the shared layers, with commas", low=1,
+                                               high=2**20)
+    tower_mlp_dims: tuple[int, ...] = setting(TOWER_MLP_DIMS, "widths of each task's layers, with commas", low=1,
+                                              high=2**20)
+    encoder: str = setting("none", "what a model sees of the session besides: none, or the impressions so far, through "
+                           "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
+    critic_encoder: str = setting("same", "what the critics see of it: the same as the model, or another encoder",
+                                  choices=["same", *ENCODERS])
+    window: int = setting(10, "impressions that an encoder sees at the most, the present one included", low=1,
+                          high=1000)
 
+    # the training
+    epoch: int = setting(50, "epochs at the most", low=1)
+    batch_size: int = setting(512, "rows a step", low=1)
+    device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
+    precision: str = setting(
+        "float32", "of matrix products: float32; tf32 and bf16 are faster on processors that have them, and coarser: "
+        "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
+    seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
+    resume: bool = setting(False, "go on where a run with the same settings was stopped")
 
-@dataclass(kw_only=True)
-class DataArguments(Arguments):
-    """Data and files: where they are and how they are read."""
-
+    # data and files
     dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
     dataset_path: str = setting("dataset", "the folder of data sets")
     feature_map_rate: float = setting(
@@ -64,19 +91,8 @@ class DataArguments(Arguments):
         low=0, high=1)
     numerical: str = setting("session", "numeric features: the session so far, or none (the published single zero)",
                              choices=["session", "none"])
-    encoder: str = setting("none", "what a model sees of the session besides: none, or the impressions so far, through "
-                           "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
-    critic_encoder: str = setting("same", "what the critics see of it: the same as the model, or another encoder",
-                                  choices=["same", *ENCODERS])
-    window: int = setting(10, "impressions that an encoder sees at the most, the present one included", low=1,
-                          high=1000)
     pretrain_path: str = setting("pretrain", "the folder of baselines")
-    device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
-    precision: str = setting(
-        "float32", "of matrix products: float32; tf32 and bf16 are faster on processors that have them, and coarser: "
-        "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
-    seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
-    resume: bool = setting(False, "go on where a run with the same settings was stopped")
+    save_dir: str = setting("chkpt", "where runs write")
 
     @property
     def critics_see(self) -> str:
@@ -95,14 +111,31 @@ class DataArguments(Arguments):
 
     def baseline(self, model_name: str) -> Path:
         """Where the baseline of a model on this data set lies."""
-        return Path(self.pretrain_path) / f"{self.dataset_name}_{named(model_name, self.encoder)}.pt"
+        return baseline_path(self.pretrain_path, self.dataset_name, model_name, self.encoder)
+
+    def metadata(self, model_name: str, data: dict[str, Any]) -> dict[str, Any]:
+        """What a model of these settings is, on a data set of such `RetailRocketRLDataset.metadata`."""
+        return model_metadata(data, model_name, **{name: getattr(self, name) for name in SIZES}, encoder=self.encoder,
+                              window=self.window)
 
     def command(self, program: str, name: str, value: str) -> str:
         """The command that makes what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
         data and states."""
-        same = [one for one in (*fields(DataArguments), *fields(ModelArguments))
-                if one.name not in ("device", "precision", "seed", "resume")]
+        same = [one for one in fields(Arguments)
+                if one.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
         return " ".join([f"python3 {program} --{name}={value}", *_flags(self, same)])
+
+
+def baseline_path(pretrain_path: str | Path, dataset_name: str, model_name: str, encoder: str = "none") -> Path:
+    """The file of a baseline: `<pretrain_path>/<dataset>_<model>.pt`."""
+    return Path(pretrain_path) / f"{dataset_name}_{named(model_name, encoder)}.pt"
+
+
+def agent_folder(save_dir: str, dataset_name: str, agent: str, critics_name: str) -> RunFolder:
+    """`<save_dir>/res_<agent>_<actor>/`, for data sets other than rt `res_<agent>_<dataset>_<actor>/`."""
+    middle = agent if dataset_name == "rt" else f"{agent}_{dataset_name}"
+    name = f"res_{middle}_{critics_name}"
+    return RunFolder(Path(save_dir) / name, name)
 
 
 def named(model_name: str, encoder: str) -> str:
@@ -111,7 +144,7 @@ def named(model_name: str, encoder: str) -> str:
 
 
 @dataclass(kw_only=True)
-class SLArguments(ModelArguments, DataArguments):
+class SLArguments(Arguments):
     """Supervised training: `SLmain.py`."""
 
     model_name: str = setting("esmm", "the multi-task model", choices=list(MODELS))
@@ -130,7 +163,7 @@ class SLArguments(ModelArguments, DataArguments):
     polish_method: str = setting(
         "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
         "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardised Q; or a control: constant 1, shuffled "
-        "and contrast_shuffled those of full and contrast on the wrong samples", choices=RlLossPolisher.METHODS)
+        "and contrast_shuffled those of full and contrast on the wrong samples", choices=POLISH_METHODS)
     polish_normalise: bool = setting(False, "divide the weights of a polish run by their mean over the batch")
     polish_start: str = setting("baseline", "what a polish run trains: the baseline, or a model from scratch",
                                 choices=["baseline", "scratch"])
@@ -144,17 +177,42 @@ class SLArguments(ModelArguments, DataArguments):
         """Whether this is a polish run that goes on from the baseline."""
         return self.polish_lambda > 0 and self.polish_start == "baseline"
 
+    @property
+    def run(self) -> RunFolder:
+        """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
+        folder of its name there. Another weighting than equal, an encoder, and critics of another one are part of the
+        name."""
+        name = f"{self.dataset_name}_{named(self.model_name, self.encoder)}"
+        if self.weighting != "equal":
+            name += f"_{self.weighting}"
+        folder, run = Path(self.save_dir) / name, f"{name}_{self.polish_lambda}"
+        if self.polish_lambda:
+            run += "".join(f"_{what}" for what, said in (
+                (self.polish_method, self.polish_method != "full"),
+                ("normalised", self.polish_normalise), ("scratch", self.polish_start == "scratch")) if said)
+            if self.polish_method != "constant" and self.critics_see != self.encoder:
+                run += f"_critic_{self.critics_see}"
+        return RunFolder(folder, run, folder / run if self.polish_lambda else None)
+
+    @property
+    def trained_with(self) -> dict[str, Any]:
+        """The settings that a baseline's weights depend on."""
+        names = ("epoch", "patience", "learning_rate", "batch_size", "weight_decay", "dropout", "calibrator",
+                 "feature_map_rate", "precision", "seed")
+        return {name: getattr(self, name) for name in names}
+
 
 @dataclass(kw_only=True)
-class RLArguments(ModelArguments, DataArguments):
+class RLArguments(Arguments):
     """Offline RL: `RLmain.py`. Names and defaults of the agent as documented."""
 
     task_num: int = setting(2, "T, the tasks: one critic each", low=2, high=2)
     actor_name: str = setting("esmm", "the model whose predictions are the actions", choices=list(MODELS))
-    agent: str = setting("bc", "bc: critics alone, to convergence; ddpg: the actor too; multiweight: so, with --ips",
+    agent: str = setting("bc", "bc: critics alone, to convergence, as TD3+BC learns them; ddpg: plain DDPG, the "
+                         "actor too; multiweight: so, with --ips for each task",
                          choices=["bc", "ddpg", "multiweight"])
     reward_type: str = setting("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
-    epoch: int = setting(30, "epochs at the most; training stops earlier when the critics have converged", low=1)
+    epoch: int = setting(100, "epochs at the most; training stops earlier when the critics have converged", low=1)
     epoch_updates: int = setting(200, "updates an epoch", low=1)
     init_episode: int = setting(10_000, "sessions of uniform actions in the replay memory, so that critics see all of "
                                 "[0, 1]", low=0)
@@ -166,17 +224,26 @@ class RLArguments(ModelArguments, DataArguments):
     memory_path: str = setting("pretrain/memory.npz", "the replay memory")
     refill: bool = setting(False, "fill a new replay memory, even if there is one")
     ou_noise_theta: float = setting(0.0, "mean of the exploration noise")
-    ou_noise_gamma: float = setting(0.4, "scale of the exploration noise", low=0)
+    ou_noise_gamma: float = setting(0.4, "variance of the exploration noise", low=0)
     actor_reg: float = setting(0.0, "weight of the actor's pull to the pretrained one", low=0)
     tau: float = setting(0.2, "share by which targets follow", low=0, high=1)
     soft_update_freq: int = setting(2, "updates between two moves of the targets", low=1)
     actor_update_freq: int = setting(2, "updates between two of the actor (ddpg)", low=1)
     init_training_step: int = setting(10_000, "updates before the actor trains (ddpg)", low=0)
-    ips: bool = setting(False, "weight samples by the inverse share of their label (bc, multiweight)")
+    ips: bool = setting(False, "weight samples by the inverse share of their labels: ddpg one weight a sample, "
+                        "multiweight and bc one a task")
     drop_out: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
     actor_lr: float = setting(1e-3, "of the actor's Adam", low=0)
     critic_lr: float = setting(1e-3, "of the critics' Adam", low=0)
+    action_normalizer: bool = setting(False, "wrap the environments so that they take actions in [-1, 1] (train.utils."
+                                      "ActionNormalizer); what is rewarded and stored are the same predictions")
     save_dir: str = setting("chkpt/RL", "where agents are saved")
+
+    @property
+    def run(self) -> RunFolder:
+        """Where the agent is saved."""
+        return agent_folder(self.save_dir, self.dataset_name, AGENT_NAMES[self.agent],
+                            self.critics_name(self.actor_name))
 
 
 def check(one: Field[Any], value: Any) -> None:
@@ -191,7 +258,11 @@ def check(one: Field[Any], value: Any) -> None:
                         + (f" (did you mean {meant[0]}?)" if meant else ""))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
-    if isinstance(value, int | float) and not low <= value <= high:
+    if isinstance(one.default, tuple) and (not isinstance(value, tuple | list) or not value
+                                           or not all(type(width) is int for width in value)):
+        raise UserError(f"{flag}: {value} is not a list of widths, such as 512,256")
+    if any(isinstance(number, int | float) and not low <= number <= high
+           for number in (value if isinstance(value, tuple | list) else [value])):
         allowed = f"{low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
         raise UserError(f"{flag}: {value} is not {allowed}")
 
@@ -204,35 +275,49 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({f'did you mean {meant[0]}? ' if meant else ''}--help explains every flag)")
 
 
-def command_of(program: str, settings: Arguments) -> str:
+def command_of(program: str, settings: Settings) -> str:
     """The command line that `parse` reads these settings from."""
     return " ".join(["python3", program, *_flags(settings, fields(settings))])
 
 
-def _flags(settings: Arguments, among: Sequence[Field[Any]]) -> list[str]:
+def _flags(settings: Settings, among: Sequence[Field[Any]]) -> list[str]:
     """The flags of those fields whose values are not the defaults."""
     words = []
     for one in among:
         value = getattr(settings, one.name)
         if value != one.default:
             flag = one.metadata["flag"] or f"--{one.name}"
-            words.append(flag if value is True else f"{flag}={shlex.quote(str(value))}")
+            words.append(flag if value is True else f"{flag}={shlex.quote(_text(value))}")
     return words
 
 
-def parse(kind: type[Settings], description: str, arguments: Sequence[str] | None = None) -> Settings:
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(width) for width in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of widths, such as 512,256") from None
+
+
+def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None = None) -> Parsed:
     """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for one in fields(kind):
         assert one.default is not MISSING
-        help_text = one.metadata["help"].replace("%", "%%") + (f" (default {one.default})" if one.default != "" else "")
+        default = f" (default {_text(one.default)})" if one.default != "" else ""
+        help_text = one.metadata["help"].replace("%", "%%") + default
         if one.metadata["choices"]:
             help_text += "; one of " + ", ".join(one.metadata["choices"])
         flags = [one.metadata["flag"]] if one.metadata["flag"] else []
         if isinstance(one.default, bool):
             parser.add_argument(*flags, f"--{one.name}", dest=one.name, action="store_true", help=one.metadata["help"])
         else:
-            parser.add_argument(*flags, f"--{one.name}", dest=one.name, type=type(one.default), default=one.default,
+            parser.add_argument(*flags, f"--{one.name}", dest=one.name, default=one.default,
+                                type=_widths if isinstance(one.default, tuple) else type(one.default),
                                 metavar=one.name.split("_")[-1].upper(), help=help_text)
     return kind(**vars(parser.parse_args(arguments)))

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import math
 import os
 import reprlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dataset import files
 from dataset.files import UserError, atomic_file, open_sealed, read_json, read_table, seal, write_json, write_text
-from train.Arguments import RLArguments, SLArguments, named
-from train.utils import Metrics
+from dataset.vocabulary import Catemapper
+from layers import CriticNeg
+from layers.session import ENCODERS, make_critic
+from slmodels import MODELS, build
+from train.metrics import Metrics
 
-# What a model file says of the model besides its weights; a reader whose own differ refuses the file.
-Identity = Mapping[str, Any]
 MAY_DIFFER = ("resume", "device", "epoch", "refill")  # settings that a run which goes on may change
+FORMAT = 2  # of model files; 1 did not say which ids, features and widths a model has
+BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # the documented widths of all models and critics
+TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -74,23 +79,148 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], identity: Identity) -> None:
-    """Write a model's weights and what it is."""
+def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embed_dim: int, expert_num: int,
+                   bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], encoder: str = "none",
+                   window: int = 0) -> dict[str, Any]:
+    """What a model is, beside its weights: two with the same metadata can exchange these.
+
+    data: `RetailRocketRLDataset.metadata`; of its tasks a model has the first `task_num`.
+    """
+    return {"format": FORMAT, **data, "tasks": list(data["tasks"])[:task_num], "model_name": model_name,
+            "task_num": task_num, "embed_dim": embed_dim, "expert_num": expert_num,
+            "bottom_mlp_dims": list(bottom_mlp_dims), "tower_mlp_dims": list(tower_mlp_dims), "encoder": encoder,
+            "window": 0 if encoder == "none" else window}
+
+
+def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], metadata: Mapping[str, Any],
+               catemapper: Catemapper | None = None, settings: Mapping[str, Any] | None = None) -> None:
+    """Write a model's weights, what it is, its vocabulary, and the settings that it was trained with."""
     weights = model.state_dict() if isinstance(model, nn.Module) else dict(model)
-    save_tensors(path, {"weights": {name: tensor.cpu() for name, tensor in weights.items()}, **identity})
+    save_tensors(path, {"weights": {name: tensor.cpu() for name, tensor in weights.items()}, **metadata,
+                        "catemapper": None if catemapper is None else catemapper.state_dict(),
+                        "settings": None if settings is None else _as_plain(settings)})
 
 
-def load_model(path: Path, model: nn.Module, identity: Identity, remedy: str) -> None:
-    """Put the weights of a file into a model that is the same in everything `identity` names. Raises UserError."""
-    saved = load_tensors(path, remedy)
-    for name, value in identity.items():
+def set_aside(path: Path, metadata: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Keep a model file that was trained with other settings, or is of other metadata, under another name; say so."""
+    if not path.exists() or not files.company.leads:
+        return
+    saved: Mapping[str, Any] = {}
+    with contextlib.suppress(UserError):
+        saved = load_tensors(path, "")
+    if all(_is_same(saved.get(name), value) for name, value in {**metadata, "settings": _as_plain(settings)}.items()):
+        return
+    names = (f"{path.stem}.previous{number}{path.suffix}" for number in ("", *range(2, 10_000)))
+    other = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    os.replace(path, other)
+    print(f"{path}: the baseline that was there, of other settings, is kept as {other}")
+
+
+def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+    """The model of a file that `SLmain.py` wrote, ready to predict: in eval mode, of the sizes that the file tells.
+
+    Besides, it has `metadata`, what the file says of it (`model_metadata`), and `catemapper`, its vocabulary, which
+    gives a data set the ids that it was trained with: `model.catemapper.map(split)`. Raises UserError.
+    """
+    path, hint = Path(path), "train it anew: python3 SLmain.py --model_name=NAME"
+    saved = load_tensors(path, hint)
+    model = model_of(saved, path, hint).to(device).eval()
+    model.metadata = {name: value for name, value in saved.items()  # type: ignore[assignment]
+                      if name not in ("weights", "catemapper", "settings")}
+    mapping = saved.get("catemapper")
+    model.catemapper = Catemapper.from_state_dict(mapping, path) if mapping else None  # type: ignore[assignment]
+    return model
+
+
+def model_of(saved: Mapping[str, Any], path: Path, hint: str, dropout: float = 0.2) -> nn.Module:
+    """Build the model that a file's contents describe, with its weights. Raises UserError."""
+    check_format(saved, path, hint)
+    name, names = saved.get("model_name"), ("task_num", "expert_num", "window")
+    if name not in MODELS or any(type(saved.get(key)) is not int or not 0 <= saved[key] <= 4096 for key in names):
+        raise UserError(f"{path}: not a model that this version knows ({_short(name)}): {hint}")
+    return _filled(lambda: build(str(name), *_sizes(saved, path, hint), saved["task_num"], saved["expert_num"], dropout,
+                                 saved.get("encoder", "none"), saved["window"]), saved, path, hint)
+
+
+def critic_of(saved: Mapping[str, Any], path: Path, hint: str) -> CriticNeg:
+    """Build the critic that a file's contents describe, with its weights. Raises UserError."""
+    check_format(saved, path, hint)
+    encoder, window = saved.get("critic_encoder"), saved.get("critic_window")
+    if encoder not in ENCODERS or type(window) is not int or not 0 <= window <= 4096:
+        raise UserError(f"{path}: not a critic that this version knows ({_short(encoder)}): {hint}")
+    return _filled(lambda: make_critic(str(encoder), window, *_sizes(saved, path, hint)), saved, path, hint)
+
+
+def check_format(saved: Mapping[str, Any], path: Path, hint: str) -> None:
+    """Raise UserError where a file is of an earlier version, which did not say all that matters."""
+    if saved.get("format") != FORMAT:
+        raise UserError(f"{path}: of an earlier version, which did not say which ids, features and widths it has: "
+                        f"{hint}")
+
+
+def check_metadata(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path, hint: str) -> None:
+    """Raise UserError where a file says anything else of itself than `expected`; it ends in `hint`."""
+    check_format(saved, path, hint)
+    for name, value in expected.items():
         if not _is_same(saved.get(name), value):
-            raise UserError(f"{path}: its {name} is {_short(saved.get(name))}, not {_short(value)}: {remedy}")
+            what = DIFFERS.get(name, f"its {name} is {_short(saved.get(name))}, not {_short(value)}")
+            raise UserError(f"{path}: {what}: {hint}")
+
+
+DIFFERS = {"features": "its features are computed in another way than this version does",
+           "vocabulary": "its ids stand for other values (another --feature_map_rate, or other data)"}
+
+
+def load_weights(path: Path, model: nn.Module, expected: Mapping[str, Any], hint: str) -> None:
+    """Put the weights of a file into a model that is the same in everything `expected` names. Raises UserError."""
+    saved = load_tensors(path, hint)
+    check_metadata(saved, expected, path, hint)
     try:
         put_weights(model, saved["weights"])
     except (KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{path}: its weights do not fit the model ({reason}): {remedy}") from error
+        raise _misfit(path, error, hint) from error
+
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _filled(make: Callable[[], Network], saved: Mapping[str, Any], path: Path, hint: str) -> Network:
+    """Make a network and give it the weights of a file; shapes are compared first, without taking any memory."""
+    try:
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in make().state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in saved["weights"].items()}:
+            raise ValueError("their shapes are those of other sizes")
+        network = make()
+        put_weights(network, saved["weights"])
+    except (KeyError, RuntimeError, TypeError, AttributeError, ValueError) as error:
+        raise _misfit(path, error, hint) from error
+    return network
+
+
+def _misfit(path: Path, error: Exception, hint: str) -> UserError:
+    reason = " ".join(str(error).split())[:120]
+    return UserError(f"{path}: its weights do not fit the model ({reason}): {hint}")
+
+
+def _sizes(saved: Mapping[str, Any], path: Path, hint: str) -> tuple[list[int], int, int, list[int], list[int]]:
+    """field_dims, numerical_num, embed_dim, bottom_mlp_dims and tower_mlp_dims of a file. Raises UserError."""
+    def is_size(value: Any) -> bool:
+        return type(value) is int and 0 < value < 2**31
+
+    found = tuple(saved.get(name) for name in ("field_dims", "numerical_num", "embed_dim", "bottom_mlp_dims",
+                                               "tower_mlp_dims"))
+    for value in found:
+        if not (is_size(value) or (isinstance(value, list) and 0 < len(value) <= 4096 and all(map(is_size, value)))):
+            raise UserError(f"{path}: not a model that this version knows (a size of {_short(value)}): {hint}")
+    return found  # type: ignore[return-value]
+
+
+def _as_plain(value: Any) -> Any:
+    """Tuples as the lists that files hold."""
+    if isinstance(value, Mapping):
+        return {name: _as_plain(one) for name, one in value.items()}
+    return [_as_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def put_weights(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -107,6 +237,8 @@ def _is_same(one: Any, other: Any) -> bool:
     """Whether two values are equal and of one type: a tensor of a 1 is no 1."""
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(_is_same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_is_same(one[name], other[name]) for name in one)
     return type(one) is type(other) and bool(one == other)
 
 
@@ -115,17 +247,35 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def model_identity(model_name: str, settings: SLArguments | RLArguments, fingerprint: str,
-                   field_dims: Sequence[int]) -> dict[str, Any]:
-    """What a model is: two models of the same identity can exchange their weights."""
-    return {"model_name": model_name, "data": fingerprint, "numerical": settings.numerical,
-            "field_dims": list(field_dims), "task_num": settings.task_num, "embed_dim": settings.embed_dim,
-            "expert_num": settings.expert_num, **sight(settings.encoder, settings.window)}
+def weights_digest(*models: nn.Module) -> str:
+    """A fingerprint of the weights of a model, or of several."""
+    digest = hashlib.sha256()
+    for model in models:
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def sight(encoder: str, window: int, whose: str = "") -> dict[str, Any]:
-    """What of the session a network sees, for its identity; one without an encoder says nothing of it."""
-    return {} if encoder == "none" else {f"{whose}encoder": encoder, f"{whose}window": window}
+def get_optim_param(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors of an optimizer's state, in order of its parameters: what a checkpoint keeps of it."""
+    return [tensor for state in optimizer.state_dict()["state"].values()
+            for tensor in state.values() if isinstance(tensor, Tensor)]
+
+
+def set_optim_param(optimizer: torch.optim.Adam, tensors: Sequence[Tensor]) -> None:
+    """Put back what `get_optim_param` took from an Adam; an empty list is an Adam that made no step yet.
+
+    Raises ValueError where it was an Adam of other parameters.
+    """
+    saved = optimizer.state_dict()
+    names = ("step", "exp_avg", "exp_avg_sq")
+    groups = [tensors[at:at + len(names)] for at in range(0, len(tensors), len(names))]
+    shapes = [[(), p.shape, p.shape] for group in optimizer.param_groups for p in group["params"]]
+    if groups and ([[tensor.shape for tensor in group] for group in groups] != shapes
+                   or any(tensor.dtype != torch.float32 for tensor in tensors)):
+        raise ValueError("an optimizer of other parameters")
+    saved["state"] = {number: dict(zip(names, group, strict=True)) for number, group in enumerate(groups)}
+    optimizer.load_state_dict(saved)
 
 
 class RunFolder:
@@ -140,6 +290,7 @@ class RunFolder:
     def __init__(self, folder: Path, name: str, books: Path | None = None) -> None:
         self.folder, self.name, self.books = folder, name, books or folder
         self.model = folder / f"{name}.pt"
+        self.last = folder / f"{name}_last.pt"  # of a polish run: the weights of its last epoch
         self.state = self.books / "state.pt"
         self.config = self.books / "config.json"
         self.metrics = self.books / "metrics.csv"
@@ -149,31 +300,7 @@ class RunFolder:
         self.weights_table = self.books / "weights.csv"
         self.catemapper = self.books / "catemapper.json"
         self.files = [self.state, self.metrics, self.test, self.curves, self.weights, self.weights_table,
-                      self.catemapper, self.model, self.config]
-
-    @classmethod
-    def of_model(cls, settings: SLArguments) -> RunFolder:
-        """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
-        folder of its name there. Another weighting than equal, an encoder, and critics of another one are part of the
-        name."""
-        name = f"{settings.dataset_name}_{named(settings.model_name, settings.encoder)}"
-        if settings.weighting != "equal":
-            name += f"_{settings.weighting}"
-        folder, run = Path(settings.save_dir) / name, f"{name}_{settings.polish_lambda}"
-        if settings.polish_lambda:
-            run += "".join(f"_{what}" for what, said in (
-                (settings.polish_method, settings.polish_method != "full"),
-                ("normalised", settings.polish_normalise), ("scratch", settings.polish_start == "scratch")) if said)
-            if settings.polish_method != "constant" and settings.critics_see != settings.encoder:
-                run += f"_critic_{settings.critics_see}"
-        return cls(folder, run, folder / run if settings.polish_lambda else None)
-
-    @classmethod
-    def of_agent(cls, save_dir: str, dataset_name: str, agent: str, actor_name: str) -> RunFolder:
-        """`<save_dir>/res_<agent>_<actor>/`, for data sets other than rt `res_<agent>_<dataset>_<actor>/`."""
-        middle = agent if dataset_name == "rt" else f"{agent}_{dataset_name}"
-        name = f"res_{middle}_{actor_name}"
-        return cls(Path(save_dir) / name, name)
+                      self.catemapper, self.model, self.last, self.config]
 
     def open(self, settings: Mapping[str, Any], manifest: Mapping[str, Any], fingerprint: str,
              origin: Mapping[str, str], resume: bool) -> dict[str, Any] | None:
@@ -302,7 +429,7 @@ def read_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
 
 def _is_figure(cell: str, figure: str) -> bool:
     """Whether a cell of metrics.csv can be that figure: an AUC from 0 to 1, a logloss from 0 to that of a prediction
-    that is as wrong as can be (`train.utils.measure`)."""
+    that is as wrong as can be (`train.metrics.compute_metrics`)."""
     if figure == "auc" and cell == "nan":  # all labels of the split are the same
         return True
     try:

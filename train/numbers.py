@@ -54,7 +54,7 @@ def bad_column(columns: NDArray[np.floating]) -> int | None:
     return int(bad.argmax()) if bad.any() else None
 
 
-def worst_return(worst_reward: float, gamma: float, longest: int) -> float:
+def worst_return(worst_reward: float, gamma: float, longest: float) -> float:
     """No policy's discounted return is further from 0: |r| (1 + gamma + gamma^2 + ...), over the longest session."""
     steps = longest + 1.0  # one more, for the reward in front of a target that is itself at the bound
     return abs(worst_reward) * (min(1.0 / (1.0 - gamma), steps) if gamma < 1 else steps)

@@ -1,11 +1,18 @@
-"""The loops of offline RL: filling the replay memory, training the critics, judging them on sessions held out."""
+"""The loops of offline RL: filling the replay memory, training the critics, judging them on sessions held out.
+
+They take an `env.MTEnv`, and step thousands of its sessions at once; or any Gymnasium environment of this kind, wrapped
+or not, which they step one by one: its `info` has "label" (T,), and "action" (T,) if another one than the agent's was
+rewarded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import gymnasium as gym
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,19 +20,21 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from agents import DDPG_ESMM
-from agents.DDPG_ESMM_BC import DDPG_ESMM_BC
 from dataset.files import UserError, only_run
-from env import MTEnv, reward_of
+from env import MTEnv, describe, reward_of
 from layers.critic import zero_share
-from train.checkpoint import RunFolder, save_tensors
+from train.checkpoint import RunFolder, save_tensors, weights_digest
+from train.metrics import measure
 from train.numbers import bad_tensor, worst_return
 from train.plots import plot_panels
-from train.utils import ConvergeStopper, measure, restore, set_seed, weights_digest
+from train.utils import ConvergeStopper, restore, set_seed
 
 Floats = NDArray[np.float32]
 Policy = Callable[[Floats], Floats]
 LANES = 4096  # sessions stepped at once
+EPISODES = 1000  # of an environment that does not say how many there are
 DEAD, CONSTANT, REVIVALS = 0.99, 1e-6, 2  # share of zeros and spread of a dead critic; how often it is revived
+EVALUATION_ROWS = 16_384  # states that networks are asked about at once
 
 
 def one_iter_offline(agent: DDPG_ESMM) -> int:
@@ -34,31 +43,84 @@ def one_iter_offline(agent: DDPG_ESMM) -> int:
 
 
 def fill(agent: DDPG_ESMM, policy: Policy, episodes: NDArray[np.int64] | None = None) -> int:
-    """Step through the sessions `episodes` (default: all) once, and store every transition; return how many."""
-    env = agent.env.vector(LANES, episodes)
-    count, stored = len(env.episodes), 0
-    state, _ = env.reset()
-    with tqdm(total=count, desc="memory", unit=" sessions", leave=False, disable=None) as bar:
-        while env.episode.min() < count:
-            new = env.episode < count  # lanes that found no further session have begun the next pass
-            action = np.zeros((len(new), agent.task_num), np.float32)
-            action[new] = policy(state[new])
-            next_state, reward, done, _, info = env.step(action)
-            met = int(new.sum())
-            agent.memory.store(state[new].reshape(met, -1), info["action"][new],
-                               info["final_obs"][new].reshape(met, -1), reward[new], done[new], info["label"][new])
-            state, stored = next_state, stored + met
-            bar.update(int((done & new).sum()))
+    """Step through the sessions `episodes` (default: all) once, and store every transition; return how many.
+
+    policy: states (n, ...) to actions of the agent's environment (n, T). What is stored is the action that the
+    environment rewarded.
+    """
+    stored = 0
+    for step in step_through(agent.env, policy, episodes, "memory"):
+        count = len(step["done"])
+        agent.memory.store(step["state"].reshape(count, -1), step["action"], step["next_state"].reshape(count, -1),
+                           step["reward"], step["done"], step["label"])
+        stored += count
     return stored
 
 
-def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, init_episode: int, save_dir: str,
-                           memory_path: str, *, run: RunFolder | None = None, seed: int = 2022,
-                           memory_identity: dict[str, Any] | None = None, refill: bool = False,
-                           epoch_updates: int = 200, stopper: ConvergeStopper | None = None,
-                           settings: dict[str, Any] | None = None, manifest: dict[str, Any] | None = None,
-                           resume: bool = False) -> list[dict[str, Any]]:
+Steps = dict[str, NDArray[Any]]
+
+
+def step_through(environment: gym.Env[Any, Any], policy: Policy, episodes: NDArray[np.int64] | None = None,
+                 title: str = "episodes") -> Iterator[Steps]:
+    """Step an environment through the sessions `episodes` (default: all) once, with the actions of a policy.
+
+    Yields transitions, n at a time: episode (n,) counts the sessions handed out, state and next_state (n, ...), action,
+    reward and label (n, T), done (n,). The action is the one that was rewarded.
+    """
+    if type(environment) is MTEnv:
+        yield from _step_vector(environment, policy, episodes, title)
+        return
+    if episodes is None:
+        count = getattr(environment.unwrapped, "num_sessions", EPISODES)
+        episodes = np.arange(count)
+    for number, session in enumerate(tqdm(episodes, title, unit=" sessions", leave=False, disable=None)):
+        state, _ = environment.reset(options={"session": int(session)})
+        steps: list[tuple[Any, ...]] = []
+        ended = False
+        while not ended:
+            action = policy(np.asarray(state, np.float32)[None])[0]
+            next_state, reward, done, truncated, info = environment.step(action)
+            if "label" not in info:
+                raise UserError(f"{type(environment.unwrapped).__name__}: its step gives no info['label'], the outcome "
+                                "of each task (T,), which the agents learn from")
+            steps.append((state, info.get("action", action), next_state, reward, done, info["label"]))
+            state, ended = next_state, done or truncated
+        names = ("state", "action", "next_state", "reward", "done", "label")
+        episode = {name: np.asarray(values, np.float32)
+                   for name, values in zip(names, zip(*steps, strict=True), strict=True)}
+        if episode["reward"].shape != episode["action"].shape:
+            raise UserError(f"{type(environment).__name__}: a reward for each task is needed, shape "
+                            f"{episode['action'].shape[1:]}, not {episode['reward'].shape[1:]}")
+        yield {"episode": np.full(len(steps), number), **episode}
+
+
+def _step_vector(environment: MTEnv, policy: Policy, episodes: NDArray[np.int64] | None, title: str) -> Iterator[Steps]:
+    env = environment.vector(LANES, episodes)
+    count = len(env.episodes)
+    state, _ = env.reset()
+    with tqdm(total=count, desc=title, unit=" sessions", leave=False, disable=None) as bar:
+        while env.episode.min() < count:
+            new = env.episode < count  # lanes that found no further session have begun the next pass
+            episode = env.episode[new]
+            action = np.zeros((len(new), env.sessions.labels.shape[1]), np.float32)
+            action[new] = policy(state[new])
+            next_state, reward, done, _, info = env.step(action)
+            yield {"episode": episode, "state": state[new], "action": info["action"][new],
+                   "next_state": info["final_obs"][new], "reward": reward[new], "done": done[new],
+                   "label": info["label"][new]}
+            state = next_state
+            bar.update(int((done & new).sum()))
+
+
+def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epoch: int, init_episode: int,
+                           save_dir: str | Path, memory_path: str | Path, *, run: RunFolder | None = None,
+                           seed: int = 2022, refill: bool = False, epoch_updates: int = 200,
+                           stopper: ConvergeStopper | None = None, settings: dict[str, Any] | None = None,
+                           manifest: dict[str, Any] | None = None, resume: bool = False) -> list[dict[str, Any]]:
     """Fill the memory, or read it, and train until the critics converge; return a row of figures an epoch.
+
+    An agent that trains its actor (`DDPG_ESMM`) has not converged before it did so for as many epochs as the stopper
+    looks at.
 
     Args:
         environment: sessions held out, on which the critics are judged after every epoch.
@@ -66,25 +128,29 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
         epoch: epochs at the most, of `epoch_updates` updates each.
         init_episode: sessions of uniform actions, before the pass of the pretrained actor with noise.
         save_dir: where the agent is saved at the end, and the state to resume from after every epoch.
-        memory_path: the memory is read from there if it is of `memory_identity`, else filled and written there.
+        memory_path: the memory is read from there if it is what this agent would fill, else filled and written there.
         settings, manifest: of the run and its data, for the books.
 
-    Raises UserError: a memory of another identity, a loss that is no number, a critic that diverges or stays dead.
+    Raises UserError: a memory of another reward type, actor or data, a loss that is no number, a critic that diverges
+    or stays dead, an environment held out whose states are others than the agent's.
     """
+    _check_same_states(environment, agent)
     run = run or RunFolder(Path(save_dir), Path(save_dir).name)
-    stopper = stopper or ConvergeStopper(3, 0.02)
-    fingerprint, origin = str(agent.identity.get("data")), {"start": weights_digest(agent.pretrain_actor)}
+    stopper = stopper or ConvergeStopper(num_trials=3, tolerance=0.02)
+    if agent.trains_actor and epoch * epoch_updates <= agent.init_training_step:
+        print(f"the actor does not train: {epoch} epochs of {epoch_updates} updates end before its first update, after "
+              f"{agent.init_training_step:,} (init_training_step)")
+    fingerprint, origin = str(agent.metadata.get("data")), {"start": weights_digest(agent.pretrain_actor)}
     state = run.open(settings or {}, manifest or {}, fingerprint, origin, resume)
-    _prepare_memory(agent, init_episode, Path(memory_path), memory_identity or {}, seed, refill)
-    if isinstance(agent, DDPG_ESMM_BC):
-        agent.prepare()
+    _prepare_memory(agent, init_episode, Path(memory_path), seed, refill)
     rows: list[dict[str, Any]] = []
-    revived, first, going = 0, 1, True
+    revived, first, going, actor_epochs = 0, 1, True, 0
     if state is not None:
         with run.restoring():
             agent.load_state_dict(state["agent"])
             restore(stopper, state["stopper"])
             rows, revived, first, going = state["metrics"], state["revived"], state["epoch"] + 1, state["going"]
+            actor_epochs = int(state["actor_epochs"])
         print(f"resuming after epoch {state['epoch']}")
     for number in range(first, epoch + 1):
         if not going:
@@ -109,36 +175,51 @@ def train_and_test_offline(environment: MTEnv, agent: DDPG_ESMM, epoch: int, ini
             critic.revive()
             target.load_state_dict(critic.state_dict())
             revived += 1
-        going = stopper.is_continuable(losses["critic_loss"]) or bool(dead)
+        actor_epochs += agent.updates > agent.init_training_step
+        going = stopper.is_continuable(losses["critic_loss"]) or bool(dead) or (
+            agent.trains_actor and actor_epochs < stopper.num_trials)
         td, rank = ([figures[f"{name}_{task}"] for task in range(agent.task_num)]
                     for name in ("td_error", "rank_correlation"))
         print(f"epoch {number}: critic loss {losses['critic_loss']:.4f}; held-out TD error "
               + ", ".join(f"{one:.4f}" for one in td) + "; rank correlation " + ", ".join(f"{one:.3f}" for one in rank))
         save_tensors(run.state, {"epoch": number, "going": going, "agent": agent.state_dict(), "metrics": rows,
-                                 "stopper": dict(vars(stopper)), "revived": revived, "settings": settings or {},
+                                 "stopper": dict(vars(stopper)), "revived": revived, "actor_epochs": actor_epochs,
+                                 "settings": settings or {},
                                  "fingerprint": fingerprint, "origin": origin})
-    print(f"converged in epoch {rows[-1]['epoch']}: the critic loss changed by less than {stopper.tolerance:.1%} for "
-          f"{stopper.num_trials} epochs" if not going else
+    def change(value: float) -> str:
+        return f"{value:.1%}" if stopper.relative else f"{value:.4g}"
+
+    print(f"converged in epoch {rows[-1]['epoch']}: the critic loss changed by less than {change(stopper.tolerance)} "
+          f"for {stopper.num_trials} epochs" if not going else
           f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch); last change of the critic loss "
-          f"{stopper.change:.1%}")
+          f"{change(stopper.change)}")
     agent.save_or_load_agent(save_dir, if_save=True)
     run.write_metrics(rows)
     plot_loss(rows, run.curves)
     return rows
 
 
-def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, identity: dict[str, Any], seed: int,
-                    refill: bool) -> None:
+def _check_same_states(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> None:
+    theirs, own = describe(environment), agent.states
+    for name in ("shape", "task_num", "field_dims"):
+        if getattr(theirs, name) != getattr(own, name):
+            raise UserError(f"the environment held out has states of {name} {getattr(theirs, name)}, the agent's has "
+                            f"{getattr(own, name)}: make both of one data set, mapped alike")
+
+
+def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, seed: int, refill: bool) -> None:
+    identity = {**agent.memory_metadata(init_episode), "seed": seed}
     if path.exists() and not refill:
         agent.memory.load(path, identity)
         print(f"{path}: {len(agent.memory):,} transitions")
         return
     rng = np.random.default_rng([seed, 0])
-    count = len(agent.env.sessions.starts)
+    count = getattr(agent.env.unwrapped, "num_sessions", EPISODES)
     chosen = np.resize(rng.permutation(count), init_episode)
     with only_run(path):
         if init_episode:
-            fill(agent, lambda state: rng.random((len(state), agent.task_num), np.float32), chosen)
+            fill(agent, lambda state: agent.to_action_space(rng.random((len(state), agent.task_num), np.float32)),
+                 chosen)
         one_iter_offline(agent)
         agent.memory.save(path, identity)
     print(f"{path}: filled with {len(agent.memory):,} transitions: {init_episode:,} sessions of uniform actions, and "
@@ -162,11 +243,14 @@ def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
     return {"critic_loss": closs1 + closs2, "closs1": closs1, "closs2": closs2, "aloss": aloss, "aloss_reg": aloss_reg}
 
 
-def _check_size(environment: MTEnv, agent: DDPG_ESMM, number: int, figures: dict[str, float]) -> None:
+def _check_size(environment: gym.Env[Any, Any], agent: DDPG_ESMM, number: int, figures: dict[str, float]) -> None:
     """Refuse critics whose values no policy can have. Raises UserError."""
-    sessions = environment.sessions
-    longest = max(sessions.longest, agent.env.sessions.longest)
-    bound = worst_return(float(sessions.reward_space.low[0]), agent.gamma, longest)
+    if type(environment) is MTEnv and type(agent.env) is MTEnv:
+        low = float(environment.reward_space.low[0])
+        longest: float = max(environment.sessions.longest, agent.env.sessions.longest)
+    else:  # wrappers may reward otherwise
+        low, longest = float(np.abs(agent.memory.data["reward"][: agent.memory.size]).max()), float("inf")
+    bound = worst_return(low, agent.gamma, longest)
     for task in range(agent.task_num):
         size, loss = figures[f"mean_abs_q_{task}"], figures[f"closs{task + 1}"]
         if size > bound or (loss > bound**2 and not agent.ips):
@@ -187,36 +271,76 @@ def discounted_returns(rewards: Floats, starts: NDArray[np.int64], ends: NDArray
     return returns
 
 
-@torch.no_grad()
-def play(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
-    """The actor, without noise, in all sessions of an environment: actions, rewards, returns and Q, each (n, T)."""
+class Played(NamedTuple):
+    """The actor's predictions in all sessions of an environment, rows (n,) of a session one after the other."""
+
+    action: Floats  # (n, T), as they were rewarded
+    reward: Floats  # (n, T)
+    label: Floats  # (n, T)
+    q: Floats  # (n, T) of the state and this action
+    returns: NDArray[np.float64]  # (n, T) discounted
+    starts: NDArray[np.int64]  # (S,) first and last row of each session
+    ends: NDArray[np.int64]
+    session: NDArray[np.int64]  # (n,)
+
+    @property
+    def score(self) -> float:
+        """A session's mean return without discount, all tasks together."""
+        return float(self.reward.sum() / len(self.starts))
+
+
+def play(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Played:
+    """The actor, without noise, in all sessions of an environment. Those of an `MTEnv`, where the next state is the
+    same whatever the action, are not stepped through but looked up."""
+    if type(environment) is not MTEnv:
+        return rollout(environment, agent)
     sessions = environment.sessions
-    taken, values = [], []
-    for rows in np.array_split(np.arange(len(sessions.states)), max(1, len(sessions.states) // 16_384)):
-        states = sessions.observe(rows)
-        taken.append(agent.select_action(states, noise=False))
-        state, action = agent.split(torch.from_numpy(states).to(agent.device)), torch.from_numpy(taken[-1])
-        values.append(torch.stack([critic.eval()(*state, action[:, task:task + 1].to(agent.device))
-                                   for task, (critic, _, _) in enumerate(agent.critics())], dim=1).cpu().numpy())
-    actions = np.concatenate(taken)
+    parts = np.array_split(np.arange(len(sessions.states)), max(1, len(sessions.states) // EVALUATION_ROWS))
+    actions = np.concatenate([agent.select_action(sessions.observe(rows), noise=False) for rows in parts])
+    q = np.concatenate([_q_of(agent, sessions.observe(rows), actions[rows]) for rows in parts])
     rewards = reward_of(actions, sessions.labels, sessions.reward_type)
-    returns = discounted_returns(rewards, sessions.starts, sessions.ends, agent.gamma)
-    return {"action": actions, "reward": rewards, "return": returns, "q": np.concatenate(values)}
+    return Played(actions, rewards, sessions.labels, q,
+                  discounted_returns(rewards, sessions.starts, sessions.ends, agent.gamma), sessions.starts,
+                  sessions.ends, sessions.session)
 
 
-def judge(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, float]:
+def rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Played:
+    """The same by stepping through the environment."""
+    steps = list(step_through(environment, lambda state: agent.select_action(state, noise=False)))
+    order = np.argsort(np.concatenate([step["episode"] for step in steps]), kind="stable")
+    session, state, action, reward, label = (
+        np.concatenate([step[name] for step in steps])[order] for name in ("episode", "state", "action", "reward",
+                                                                            "label"))
+    starts = np.flatnonzero(np.append(True, session[1:] != session[:-1]))
+    ends = np.append(starts[1:], len(session)) - 1
+    parts = np.array_split(np.arange(len(state)), max(1, len(state) // EVALUATION_ROWS))
+    q = np.concatenate([_q_of(agent, state[rows], action[rows]) for rows in parts])
+    return Played(action, reward, label, q, discounted_returns(reward, starts, ends, agent.gamma), starts, ends,
+                  session)
+
+
+@torch.no_grad()
+def _q_of(agent: DDPG_ESMM, states: Floats, actions: Floats) -> Floats:
+    """Q of each task's action (n, T), critics in eval mode."""
+    state, action = agent.split(torch.from_numpy(states).to(agent.device)), torch.from_numpy(actions).to(agent.device)
+    q: Floats = torch.stack([critic.eval()(*state, action[:, task:task + 1])
+                             for task, (critic, _, _) in enumerate(agent.critics())], dim=1).cpu().numpy()
+    return q
+
+
+def judge(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> dict[str, float]:
     """Per task, on sessions held out: TD error (mean square), rank correlation (Spearman) of Q with the observed
     discounted return, share of zero outputs, standard deviation of Q and mean |Q|; and the score, a session's mean
     return without discount."""
-    played, sessions = play(environment, agent), environment.sessions
-    next_q = np.append(played["q"][1:], played["q"][:1], axis=0)
-    next_q[sessions.ends] = 0.0  # nothing is expected past a session's end
-    td = played["reward"] + agent.gamma * next_q - played["q"]
-    figures = {"score": float(played["reward"].sum() / len(sessions.starts))}
+    played = play(environment, agent)
+    next_q = np.append(played.q[1:], played.q[:1], axis=0)
+    next_q[played.ends] = 0.0  # nothing is expected past a session's end
+    td = played.reward + agent.gamma * next_q - played.q
+    figures = {"score": played.score}
     for task in range(agent.task_num):
-        q = played["q"][:, task]
+        q = played.q[:, task]
         figures[f"td_error_{task}"] = float((td[:, task] ** 2).mean())
-        figures[f"rank_correlation_{task}"] = rank_correlation(q, played["return"][:, task])
+        figures[f"rank_correlation_{task}"] = rank_correlation(q, played.returns[:, task])
         figures[f"zero_share_{task}"] = zero_share(torch.from_numpy(q))
         figures[f"spread_{task}"] = float(q.std())
         figures[f"mean_abs_q_{task}"] = float(np.abs(q).mean())
@@ -230,29 +354,52 @@ def rank_correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
     return float(spearmanr(one, other).statistic)
 
 
-def test(environment: MTEnv, agent: DDPG_ESMM, save_dir: str) -> dict[str, float]:
-    """Read the agent saved in `save_dir` and play the test sessions with its actor; print and return its figures."""
-    agent.save_or_load_agent(save_dir, if_save=False)
-    played, sessions = play(environment, agent), environment.sessions
-    figures: dict[str, float] = {"score": float(played["reward"].sum() / len(sessions.starts))}
+def test(environment: gym.Env[Any, Any], agent: DDPG_ESMM, save_dir: str | Path) -> dict[str, float]:
+    """The dynamic evaluation: step through the environment's sessions with the actor of the agent saved in `save_dir`;
+    print and return its figures. The agent itself is as before."""
+    own = copy.deepcopy(agent.state_dict()["networks"])
+    try:
+        agent.save_or_load_agent(save_dir, if_save=False)
+        played = rollout(environment, agent)
+    finally:
+        for name, network in agent.networks().items():
+            network.load_state_dict(own[name])
+    figures: dict[str, float] = {"score": played.score}
     for task in range(agent.task_num):
-        metrics = measure(played["action"][:, task], sessions.labels[:, task], sessions.session)
+        metrics = measure(played.action[:, task], played.label[:, task], played.session)
         figures |= {f"{name}_{task}": value for name, value in metrics._asdict().items()}
-        print(f"test: actor, task {task}, AUC {metrics.auc:.4f}, Log-loss {metrics.logloss:.4f}")
+        print(f"test: actor, task {task}, AUC {metrics.auc}, Log-loss {metrics.logloss}")
     print(f"test: score {figures['score']:.4f}, the mean return of a session")
     return figures
 
 
-def plot_loss(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw score, critic losses, actor loss and regularised actor loss over the epochs (PNG, no display)."""
-    def curve(name: str) -> list[float]:
-        return [row[name] for row in rows]
+def plot_loss(score: Any, critic_loss: Any = None, actor_loss: Any = None, actor_loss_reg: Any = None,
+              *published: Any, path: str | Path = "curves.png") -> None:
+    """Draw score, critic loss, actor loss and regularised actor loss over the epochs, a panel each (PNG, no display).
 
-    ranks = sorted(name for name in rows[0] if name.startswith("rank_correlation"))
-    plot_panels(path, {
-        "score (held-out return of a session)": {"score": curve("score")},
-        "critic loss": {f"critic {number}": curve(f"closs{number}") for number in range(1, len(ranks) + 1)},
-        "actor loss": {"actor": curve("aloss"),
-                       "with regulariser": [row["aloss"] + row["aloss_reg"] for row in rows]},
-        "rank correlation of Q with the return": {f"critic {int(name[-1]) + 1}": curve(name) for name in ranks},
-    })
+    `plot_loss(rows, path)` takes what `train_and_test_offline` returns; `plot_loss(score, critic_loss, actor_loss,
+    actor_loss_reg, path)` four curves; `plot_loss(frame_idx, scores, critic_losses, actor_losses1, actor_losses2)` is
+    the published call. Raises ValueError for anything else.
+    """
+    values = [value for value in (score, critic_loss, actor_loss, actor_loss_reg, *published) if value is not None]
+    if values and isinstance(values[-1], str | Path):
+        path = values.pop()
+    titles = ("score (held-out return of a session)", "critic loss", "actor loss", "actor_loss_reg")
+    if len(values) == 1 and values[0] and all(isinstance(row, Mapping) for row in values[0]):
+        rows = values[0]
+        critics = sum(name.startswith("closs") for name in rows[0])
+        panels = {titles[0]: {"score": [row["score"] for row in rows]},
+                  titles[1]: {f"critic {number}": [row[f"closs{number}"] for row in rows]
+                              for number in range(1, critics + 1)},
+                  titles[2]: {"aloss": [row["aloss"] for row in rows]},
+                  titles[3]: {"aloss_reg": [row["aloss_reg"] for row in rows]}}
+        ranks = {f"critic {task + 1}": [row[f"rank_correlation_{task}"] for row in rows]
+                 for task in range(critics) if f"rank_correlation_{task}" in rows[0]}
+        panels |= {"rank correlation of Q with the return": ranks} if ranks else {}
+    else:
+        curves = [np.asarray(value, np.float64) for value in (values[1:] if len(values) == 5 else values)]
+        if len(curves) != 4 or any(curve.ndim != 1 or not len(curve) for curve in curves):
+            raise ValueError("plot_loss takes the rows of train_and_test_offline, or four lists: score, critic loss, "
+                             "actor loss, actor_loss_reg; then a path")
+        panels = {title: {title: curve.tolist()} for title, curve in zip(titles, curves, strict=True)}
+    plot_panels(Path(path), panels)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dataset.files import UserError
 from train import world
-from train.utils import get_optim_param, set_optim_param
+from train.checkpoint import get_optim_param, set_optim_param
 
 WEIGHTINGS = ("equal", "uncertainty", "upgrad", "pcgrad", "cagrad", "mgda")
 

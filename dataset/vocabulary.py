@@ -1,0 +1,113 @@
+"""The vocabulary: values of categorical fields to ids, learned on the training split."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.files import UserError, read_json, write_json
+from dataset.rtrl import RetailRocketRLDataset, Splits
+
+MANY_VALUES = 100  # a field with more is long-tailed, where the data set does not say which are
+
+
+class Catemapper:
+    """Values of categorical fields to ids: per field 0 = unseen, missing or rare, then 1, 2, ... by frequency.
+
+    Args:
+        threshold: long-tailed fields keep their most frequent values until these cover this share of the rows that
+            have one; all other values become id 0, so that the embedding does not explode.
+    """
+
+    def __init__(self, threshold: float) -> None:
+        if not 0 <= threshold <= 1:
+            raise UserError(f"category mapping: the threshold is a share of the rows, from 0 to 1, not {threshold}")
+        self.threshold = threshold
+        self.ids: dict[str, dict[str, int]] = {}  # field -> value -> id
+
+    @property
+    def field_dims(self) -> list[int]:
+        """The number of ids of each field, id 0 included."""
+        return [len(values) + 1 for values in self.ids.values()]
+
+    @property
+    def digest(self) -> str:
+        """Names this very mapping: two with the same digest give the same ids."""
+        values = json.dumps({name: list(ids) for name, ids in self.ids.items()})
+        return hashlib.sha256(values.encode()).hexdigest()[:16]
+
+    def fit(self, dataset: RetailRocketRLDataset, long_tailed: Sequence[str] | None = None) -> Catemapper:
+        """Learn the values of a data set, the training split; ties in frequency are broken by the value.
+
+        long_tailed: the fields that the threshold acts on; by default those that the data set's manifest names, and
+        without a manifest those with more than `MANY_VALUES` values.
+        """
+        if long_tailed is None:
+            long_tailed = dataset.long_tailed
+        if long_tailed is None:
+            long_tailed = [name for name, column in dataset.fields.items() if len(column.values) > MANY_VALUES]
+        self.ids = {}
+        for name, column in dataset.fields.items():
+            counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.values))
+            order = sorted(np.flatnonzero(counts), key=lambda code: (-counts[code], column.values[code]))
+            if name in long_tailed and order:
+                share = np.cumsum(counts[order]) / counts.sum()
+                order = order[: int(np.searchsorted(share, self.threshold - 1e-12)) + 1] if self.threshold else []
+            self.ids[name] = {str(column.values[code]): number for number, code in enumerate(order, start=1)}
+        return self
+
+    def map(self, dataset: RetailRocketRLDataset) -> RetailRocketRLDataset:
+        """Give the data set its ids (n, F). Raises UserError where it lacks a field of the mapping."""
+        strange = [name for name in self.ids if name not in dataset.fields]
+        if strange:
+            raise UserError(f"category mapping: field '{strange[0]}' is not one of {', '.join(dataset.fields)}")
+        columns = []
+        for name, ids in self.ids.items():
+            column = dataset.fields[name]
+            lookup = np.array([*(ids.get(str(value), 0) for value in column.values), 0], np.int64)  # [-1]: missing
+            columns.append(lookup[column.codes])
+        dataset.set_ids(np.column_stack(columns), self.field_dims, self.digest)
+        return dataset
+
+    def state_dict(self) -> dict[str, Any]:
+        """The threshold, and each field's values in the order of their ids."""
+        return {"threshold": self.threshold, "ids": {name: list(ids) for name, ids in self.ids.items()}}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any], path: str | Path) -> Catemapper:
+        """The mapping of a `state_dict`. Raises UserError, naming the file `path`, where it is none."""
+        fields, threshold = state.get("ids"), state.get("threshold")
+        if (not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1
+                or not isinstance(fields, dict) or not fields):
+            raise UserError(f"{path}: not a category mapping: 'threshold' from 0 to 1, and 'ids'")
+        for name, values in fields.items():
+            if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
+                raise UserError(f"{path}: '{name:.60}' of 'ids' is not a list of values, texts that are not empty")
+            if len(set(values)) < len(values):
+                raise UserError(f"{path}: '{name:.60}' of 'ids' has a value twice: it would have two ids")
+        mapper = cls(float(threshold))
+        mapper.ids = {name: {value: number for number, value in enumerate(values, start=1)}
+                      for name, values in fields.items()}
+        return mapper
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON."""
+        write_json(Path(path), self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Catemapper:
+        """Read what `save` wrote. Raises UserError."""
+        return cls.from_state_dict(read_json(Path(path)), path)
+
+
+def map_splits(splits: Splits, threshold: float) -> Catemapper:
+    """Fit a mapping on the training split, and give all three splits their ids."""
+    catemapper = Catemapper(threshold).fit(splits.train)
+    for split in (splits.train, splits.val, splits.test):
+        catemapper.map(split)
+    return catemapper
