@@ -185,6 +185,13 @@ def describe(env: gym.Env[Any, Any]) -> States:
     return States(field_dims, numerical_num, action.shape[0], observed.shape, window, reward_type, wrappers, metadata)
 
 
+def to_action_space(env: gym.Env[Any, Any], predictions: Floats) -> Floats:
+    """Predictions in [0, 1] as actions of an environment, which an `ActionNormalizer` takes in [-1, 1]."""
+    space = env.action_space
+    assert isinstance(space, gym.spaces.Box)
+    return (space.low + predictions * (space.high - space.low)).astype(np.float32)
+
+
 class MTVectorEnv(gym.vector.VectorEnv):
     """Many sessions at once, in the order of `episodes` (default: all, in time); a free lane takes the next one.
 

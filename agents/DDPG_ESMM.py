@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from agents.ReplayBuffer import ReplayBuffer, Transition
 from dataset.files import UserError
-from env import Floats, describe
+from env import Floats, describe, to_action_space
 from layers import Critic, CriticNeg
 from layers.session import SessionCritic, SessionModel, inner_of, input_of, make_critic
 from train import world
@@ -132,7 +132,6 @@ class DDPG_ESMM:
     def networks(self) -> dict[str, nn.Module]:
         return {name: getattr(self, name) for name in NETWORKS}
 
-    @torch.no_grad()
     def select_action(self, state: ArrayLike, noise: bool = True) -> Floats:
         """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), within
         the environment's action space: (T,) or (B, T).
@@ -140,6 +139,11 @@ class DDPG_ESMM:
         noise: add exploration noise, Gaussian of the agent's mean and variance, reflected where it leaves [0, 1]; so
             actions spread over the interval and do not pile up at its ends.
         """
+        return to_action_space(self.env, self.predict(state, noise))
+
+    @torch.no_grad()
+    def predict(self, state: ArrayLike, noise: bool = False) -> Floats:
+        """The same as predictions in [0, 1], whatever the environment's action space."""
         observed = np.asarray(state, np.float32)
         categorical_x, numerical_x = self.split(torch.from_numpy(observed).to(self.device))
         self.actor.eval()
@@ -147,14 +151,7 @@ class DDPG_ESMM:
         if noise:
             drawn = self.rng.normal(self.noise_mean, math.sqrt(self.noise_variance), action.shape)
             action = (1.0 - np.abs((action + drawn) % 2.0 - 1.0)).astype(np.float32)
-        action = self.to_action_space(action)
         return action[0] if observed.shape == self.state_shape else action
-
-    def to_action_space(self, predictions: Floats) -> Floats:
-        """Predictions in [0, 1] as actions of the environment, which an `ActionNormalizer` takes in [-1, 1]."""
-        space = self.env.action_space
-        assert isinstance(space, gym.spaces.Box)
-        return (space.low + predictions * (space.high - space.low)).astype(np.float32)
 
     def process_batch(self, transition: Transition) -> Tensors:
         """A sampled batch as tensors: states split into ids and numbers, the sample weights, the rest as it is."""

@@ -9,9 +9,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, command, run, snapshot
+
+from env import reward_of
 
 SL = ("--embed_dim=8", "--expert_num=2", "--epoch=1", "--device=cpu")
 RL = ("--embed_dim=8", "--expert_num=2", "--device=cpu", "--epoch_updates=5", "--init_episode=200", "--batch_size=64")
@@ -72,12 +75,14 @@ def test_the_documented_commands_run_in_order(shop: Path, documented: tuple[Path
     assert "held-out TD error" in said
     assert "zero outputs" in said
     assert re.search(r"(converged in|stopped after) epoch \d+", said)
-    assert re.search(r"test: actor, task 1, AUC 0\.\d{4}, Log-loss \d\.\d{4}", said)
+    assert re.search(r"test: actor, task 1, AUC 0\.\d{10,}, Log-loss \d\.\d{10,}", said)
 
     said = succeed(shop, "SLmain.py", "--model_name=ple", "--polish=1", *SL)
     assert "critics of esmm weight the loss of ple" in said
     assert "this run: full" in said
     assert (shop / "chkpt/SL/rt_ple/rt_ple_1.0.pt").exists()
+    assert "its last epoch" in said
+    assert not equal(shop / "chkpt/SL/rt_ple/rt_ple_1.0_last.pt", shop / "pretrain/rt_ple.pt")
 
 
 def test_nothing_is_left_behind_but_documented_files(documented: tuple[Path, str, str]) -> None:
@@ -109,7 +114,22 @@ def test_a_memory_of_another_reward_type_is_refused_until_a_refill(shop: Path) -
 def test_a_baseline_of_other_sizes_is_refused(shop: Path) -> None:
     text = refuse(shop, "RLmain.py", "--epoch=1", *RL[1:], "--embed_dim=16")
     assert "embed_dim is 8, not 16" in text
-    assert "python3 SLmain.py --model_name=esmm" in text
+    assert "python3 SLmain.py --model_name=esmm --expert_num=2 --embed_dim=16" in text
+
+
+def test_an_actor_that_would_not_train_is_refused(shop: Path) -> None:
+    text = refuse(shop, "RLmain.py", "--agent=ddpg", "--epoch=3", *RL)
+    assert "3 epochs of 5 updates are 15, and it begins after 10,000" in text
+
+
+def test_agents_in_a_normalised_environment_store_what_was_rewarded(shop: Path) -> None:
+    """The agent acts in [-1, 1]; the predictions that are rewarded and stored are in [0, 1]."""
+    memory = shop / "pretrain/normalised.npz"
+    succeed(shop, "RLmain.py", "--action_normalizer", f"--memory_path={memory}", "--epoch=1", *RL)
+    with np.load(memory, allow_pickle=False) as stored:
+        assert stored["action"].min() < 0.1
+        assert 0.9 < stored["action"].max() <= 1
+        np.testing.assert_allclose(stored["reward"], reward_of(stored["action"], stored["label"], "bce"), rtol=1e-5)
 
 
 def test_ddpg_trains_its_actor(shop: Path) -> None:

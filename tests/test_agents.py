@@ -21,19 +21,19 @@ from test_env import REWARDS, handmade
 from torch import Tensor, nn
 
 from agents import AGENTS, DDPG_ESMM, DDPG_ESMM_BC, DDPG_ESMM_multiweight, ReplayBuffer
-from agents.DDPG_ESMM import NOISE_CLIP, Tensors
+from agents.DDPG_ESMM import Tensors
+from agents.DDPG_ESMM_BC import NOISE_CLIP
 from dataset.files import SEAL_LENGTH, UserError
 from dataset.rtrl import RetailRocketRLDataset
 from env import MTEnv, RewardType, reward_of
 from layers import CriticNeg
 from layers.critic import zero_share
 from slmodels import MODELS, build
-from train.checkpoint import save_model
+from train.checkpoint import model_metadata, save_model
 from train.offline import fill, play
 
 Floats = NDArray[np.float32]
 SIZES: dict[str, Any] = {"embed_dim": 8, "bottom_mlp_dims": (16, 8), "tower_mlp_dims": (8, 4), "expert_num": 2}
-IDENTITY = {"data": "handmade", "embed_dim": 8}
 
 
 def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM] = DDPG_ESMM_BC,
@@ -42,9 +42,9 @@ def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM
     sizes = {**SIZES, **{name: value for name, value in hyparams.items() if name in SIZES}}
     actor = build(actor_name, dataset.field_dims, dataset.numerical_num, sizes["embed_dim"], sizes["bottom_mlp_dims"],
                   sizes["tower_mlp_dims"], 2, sizes["expert_num"], 0.2)
-    save_model(folder / f"rt_{actor_name}.pt", actor, IDENTITY)
-    return cls(MTEnv(dataset, reward_type), actor_name, pretrain_path=str(folder), identity=IDENTITY,
-               **{"memory_size": 1000, "batch_size": 16, **sizes, **hyparams})
+    save_model(folder / f"rt_{actor_name}.pt", actor, model_metadata(dataset.metadata, actor_name, 2, **sizes))
+    return cls(MTEnv(dataset, reward_type), actor_name, pretrain_path=folder,
+               **{"memory_size": 1000, "batch_size": 16, **hyparams})
 
 
 def uniform(agent: DDPG_ESMM, seed: int = 0, low: float = 0.0, high: float = 1.0) -> DDPG_ESMM:
@@ -308,7 +308,7 @@ def test_both_critics_find_the_return_of_a_two_state_chain(tmp_path: Path, rewar
     fill(agent, policy)
     agent.prepare()
     stored = {name: value[: len(agent.memory)] for name, value in agent.memory.data.items()}
-    later = reward_of(play(agent.env, agent)["action"][1], np.float32([0, 1]), reward_type)  # the actor, in s1
+    later = reward_of(play(agent.env, agent).action[1], np.float32([0, 1]), reward_type)  # the actor, in s1
     opens = stored["state"][:, :1] == 0
     expected = reward_of(stored["action"], np.where(opens, [1, 0], [0, 1]), reward_type) + 0.9 * later * opens
     batch, q = agent.process_batch(stored), np.zeros_like(expected)
@@ -346,7 +346,7 @@ def test_the_target_takes_the_smaller_of_target_and_current_critic(tmp_path: Pat
     batch = sample(agent)
     for task in range(2):
         probes = Probe(current).train(), Probe(target).eval()
-        y = agent.td_target(task, *probes, batch)  # type: ignore[arg-type]
+        y = agent.td3_target(task, *probes, batch)  # type: ignore[arg-type]
         expected = batch["reward"][:, task] - 0.5 * 0.7 * (1 - batch["done"])
         torch.testing.assert_close(y, expected)
         assert probes[0].training, "the critic is left in the mode it was in"
@@ -362,7 +362,7 @@ def test_nothing_is_bootstrapped_past_a_sessions_end(tmp_path: Path) -> None:
     for _ in range(2):
         torch.manual_seed(1)
         batch = agent.process_batch(transition)
-        targets.append(torch.stack([agent.td_target(task, critic, target, batch)
+        targets.append(torch.stack([agent.td3_target(task, critic, target, batch)
                                     for task, (critic, target, _) in enumerate(agent.critics())], dim=1))
         transition["next_state"][done] = [2, 3, 1e6, -1e6]
     assert torch.equal(*targets)
@@ -370,7 +370,7 @@ def test_nothing_is_bootstrapped_past_a_sessions_end(tmp_path: Path) -> None:
     transition["next_state"][:] = [2, 3, 1e6, -1e6]  # elsewhere it counts
     batch = agent.process_batch(transition)
     critic, target, _ = agent.critics()[0]
-    assert not torch.equal(agent.td_target(0, critic, target, batch), targets[0][:, 0])
+    assert not torch.equal(agent.td3_target(0, critic, target, batch), targets[0][:, 0])
 
 
 def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path,
@@ -378,15 +378,15 @@ def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path
     agent = uniform(make_agent(tmp_path, handmade([3] * 60), batch_size=180))
     batch, probe = sample(agent), Probe(0.0).eval()
     predicted = agent.actor_target(batch["next_categorical_x"], batch["next_numerical_x"])[:, 0]
-    agent.td_target(0, probe, probe, batch)  # type: ignore[arg-type]
+    agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
     noise = (probe.asked - predicted).abs()
     assert 0.002 < float(noise.mean()) < 0.02
-    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM"), "POLICY_NOISE", 10.0)
-    agent.td_target(0, probe, probe, batch)  # type: ignore[arg-type]
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "POLICY_NOISE", 10.0)
+    agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
     torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(NOISE_CLIP), atol=1e-6, rtol=0)
     batch["next_prediction"] = torch.tensor([[0.0, 1.0]]).expand(180, 2)
     for task in range(2):
-        agent.td_target(task, probe, probe, batch)  # type: ignore[arg-type]
+        agent.td3_target(task, probe, probe, batch)  # type: ignore[arg-type]
         assert 0 <= float(probe.asked.min()) < float(probe.asked.max()) <= 1
 
 
@@ -424,10 +424,10 @@ def test_ids_reach_the_critics_as_they_are(tmp_path: Path, cls: type[DDPG_ESMM])
 def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: Path) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=60))
     assert isinstance(agent, DDPG_ESMM_BC)
-    memory, batch = agent.memory.rows.copy(), sample(agent)
+    memory = agent.memory.rows.copy()
     before = {name: {key: value.clone() for key, value in network.state_dict().items()}
               for name, network in agent.networks().items()}
-    agent.prepare()
+    batch = sample(agent)  # needs no call before it
     np.testing.assert_array_equal(agent.memory.rows, memory)
     for name, network in agent.networks().items():
         changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[name][key])}
@@ -453,11 +453,10 @@ def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "ROWS", 7)
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=30))
     assert isinstance(agent, DDPG_ESMM_BC)
-    agent.prepare()
     batch = sample(agent)
     expected = agent.actor_target(batch["next_categorical_x"], batch["next_numerical_x"])
     torch.testing.assert_close(batch["next_prediction"], expected, atol=1e-6, rtol=1e-5)
-    uniform(agent)
+    agent.memory.store(**{name: value[:1] for name, value in agent.memory.data.items()})
     assert "next_prediction" not in sample(agent)
 
 
@@ -473,15 +472,46 @@ def test_ips_weights_are_inverse_shares_of_the_label_and_have_mean_1(tmp_path: P
         assert torch.equal(sample(agent)["weight"], torch.ones(8, 2))
 
 
-def test_exploration_noise_stays_in_the_unit_interval(tmp_path: Path) -> None:
-    agent = make_agent(tmp_path, handmade([100]), ou_noise_gamma=0.4)
+def test_plain_ddpg_weighs_a_sample_by_its_labels_together(tmp_path: Path) -> None:
+    """1 / (K P(y)): here three kinds of labels, one weight for both tasks, and mean 1."""
+    labels = [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
+    batch = sample(uniform(make_agent(tmp_path, handmade([8], labels), DDPG_ESMM, ips=True)))
+    expected = torch.where(batch["label"][:, 0] > 0, 8 / 3, 8 / 18)
+    torch.testing.assert_close(batch["weight"], expected[:, None].expand(8, 2))
+    torch.testing.assert_close(batch["weight"].mean(dim=0), torch.ones(2))
+
+
+def test_plain_ddpg_bootstraps_from_the_target_critic(tmp_path: Path) -> None:
+    """r + gamma (1 - done) Q_target(s', actor_target(s')): no noise, no minimum."""
+    agent = uniform(make_agent(tmp_path, handmade([2, 3, 1]), DDPG_ESMM, gamma=0.5))
+    batch = sample(agent)
+    state = batch["next_categorical_x"], batch["next_numerical_x"]
+    for task, (critic, target, _) in enumerate(agent.critics()):
+        with torch.no_grad():
+            for one in target.parameters():
+                one += 0.01
+            next_q = target(*state, agent.actor_target(*state)[:, task])
+        y = batch["reward"][:, task] + 0.5 * (1 - batch["done"]) * next_q
+        torch.testing.assert_close(agent.td_target(task, target, batch), y)
+        critic.eval()
+        q = critic(batch["categorical_x"], batch["numerical_x"], batch["action"][:, task])
+        torch.testing.assert_close(agent.get_closs(task, critic, target, batch), ((q - y) ** 2).mean())
+
+
+def test_exploration_noise_spreads_over_the_unit_interval(tmp_path: Path) -> None:
+    """Of variance 0.4 it is reflected at both ends: nearly uniform, and nowhere exactly at an end."""
+    agent = make_agent(tmp_path, handmade([2000]), ou_noise_gamma=0.4)
     states = agent.env.sessions.states
     exact, noisy = agent.select_action(states, noise=False), agent.select_action(states)
     assert noisy.dtype == np.float32
-    assert 0 <= noisy.min() < noisy.max() <= 1
-    inside = (noisy > 0) & (noisy < 1)
-    assert 0.1 < (noisy - exact)[inside].std() < 0.5
+    assert 0 < noisy.min() < noisy.max() < 1
+    counts, _ = np.histogram(noisy, bins=4, range=(0, 1))
+    assert counts.min() > 0.2 * noisy.size
     np.testing.assert_array_equal(agent.select_action(states, noise=False), exact)
+    agent.noise_mean, agent.noise_variance = 0.0, 1e-4
+    assert 0.008 < (agent.select_action(states) - exact).std() < 0.012, "the variance is documented, not the deviation"
+    agent.noise_mean, agent.noise_variance = 0.1, 0.0
+    np.testing.assert_allclose(agent.select_action(states), 1 - np.abs(exact + 0.1 - 1), atol=1e-6)
     np.testing.assert_allclose(agent.select_action(states[3], noise=False), exact[3], rtol=1e-5)
     assert agent.select_action(states[3]).shape == (2,)
 
@@ -513,8 +543,10 @@ def test_ddpg_trains_the_actor_after_its_first_steps_and_at_times(tmp_path: Path
     assert not same(weights(agent.actor_target), pretrained)
 
 
-def test_the_actors_losses_by_their_closed_form(tmp_path: Path) -> None:
-    agent = uniform(make_agent(tmp_path, handmade([3] * 5), DDPG_ESMM, actor_reg=2.5))
+@pytest.mark.parametrize("cls", [DDPG_ESMM, DDPG_ESMM_BC])
+def test_the_actors_losses_by_their_closed_form(tmp_path: Path, cls: type[DDPG_ESMM]) -> None:
+    """Plain DDPG's, and TD3+BC's, in which Q is divided by its mean size."""
+    agent = uniform(make_agent(tmp_path, handmade([3] * 5), cls, actor_reg=2.5))
     batch = sample(agent)
     for network in (agent.actor, agent.critic1, agent.critic2):
         network.eval()
@@ -526,7 +558,8 @@ def test_the_actors_losses_by_their_closed_form(tmp_path: Path) -> None:
     q = torch.stack([agent.critic1(*state, action[:, :1]), agent.critic2(*state, action[:, 1:])])
     stored = torch.stack([agent.critic1(*state, batch["action"][:, :1]), agent.critic2(*state, batch["action"][:, 1:])])
     aloss, aloss_reg = agent.get_aloss(batch)
-    torch.testing.assert_close(aloss, -(q[0] + q[1]).mean() / stored.abs().mean(), rtol=1e-4, atol=0)
+    size = stored.abs().mean() if cls is DDPG_ESMM_BC else 1.0
+    torch.testing.assert_close(aloss, -(q[0] + q[1]).mean() / size, rtol=1e-4, atol=0)
     torch.testing.assert_close(aloss_reg, 2.5 * ((action - pretrained) ** 2).mean())
     assert float(aloss_reg.detach()) > 0
 
@@ -553,6 +586,7 @@ def test_targets_follow_by_tau(tmp_path: Path, cls: type[DDPG_ESMM]) -> None:
 @pytest.mark.parametrize("freq", [1, 3])
 def test_targets_follow_every_soft_update_freq(tmp_path: Path, freq: int) -> None:
     agent, moved = uniform(make_agent(tmp_path, handmade([3] * 5), soft_update_freq=freq)), []
+    sample(agent)  # the first batch brings the normalisation, to targets too
     for number in range(1, 7):
         target = weights(agent.critic1_target)
         agent.update()
@@ -653,26 +687,26 @@ def test_a_state_dict_carries_all_that_the_next_update_depends_on(tmp_path: Path
 def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str, value: Any) -> None:
     agent = make_agent(tmp_path, handmade([2]))
     agent.save_or_load_agent(str(tmp_path), if_save=True)
-    agent.identity = {**IDENTITY, name: value}
+    agent.metadata[name] = value
     text = complaint(lambda: agent.save_or_load_agent(str(tmp_path), if_save=False))
     assert name in text
     assert "python3 RLmain.py" in text
 
 
 def test_networks_of_other_field_sizes_are_refused(tmp_path: Path) -> None:
-    """Also where the file claims the same identity."""
+    """Also where the file claims the same ones."""
     agent = make_agent(tmp_path, handmade([2]))
     agent.save_or_load_agent(str(tmp_path), if_save=True)
     other = make_agent(tmp_path, handmade([2], field_dims=(3, 9)))
-    assert "do not fit" in complaint(lambda: other.save_or_load_agent(str(tmp_path), if_save=False))
+    assert "its field_dims is [3, 4]" in complaint(lambda: other.save_or_load_agent(tmp_path, if_save=False))
+    other.metadata["field_dims"] = [3, 4]
+    assert "do not fit" in complaint(lambda: other.save_or_load_agent(tmp_path, if_save=False))
     make_agent(tmp_path, handmade([2]))  # a baseline of other sizes
     env = MTEnv(handmade([2], field_dims=(3, 9)))
-    assert "do not fit" in complaint(
-        lambda: DDPG_ESMM_BC(env, pretrain_path=str(tmp_path), identity=IDENTITY, memory_size=10, **SIZES))
+    assert "its field_dims is [3, 4], not [3, 9]" in complaint(lambda: DDPG_ESMM_BC(env, pretrain_path=tmp_path))
 
 
 def test_a_missing_baseline_names_the_command_that_makes_it(tmp_path: Path) -> None:
     env = MTEnv(handmade([2]))
-    text = complaint(lambda: DDPG_ESMM_BC(env, "ple", pretrain_path=str(tmp_path), identity=IDENTITY, memory_size=10,
-                                          **SIZES))
+    text = complaint(lambda: DDPG_ESMM_BC(env, "ple", pretrain_path=str(tmp_path)))
     assert "python3 SLmain.py --model_name=ple" in text

@@ -17,8 +17,9 @@ from gymnasium.utils.env_checker import check_env
 from numpy.typing import NDArray
 
 from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.vocabulary import map_splits
 from env import MTEnv, RewardType, reward_of
-from train.utils import ActionNormalizer, map_splits
+from train.utils import ActionNormalizer
 
 Floats = NDArray[np.float32]
 REWARDS: tuple[RewardType, ...] = ("bce", "norm")

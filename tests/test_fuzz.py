@@ -45,13 +45,15 @@ from dataset.prepare import prepare
 from dataset.retailrocket import EVENT_KINDS, EVENTS, PROPERTIES, PROPERTY_KINDS
 from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits
 from dataset.simulate import TRUTH_KINDS, Size, simulate
+from dataset.vocabulary import Catemapper, map_splits
 from layers import CriticNeg
+from SLmain import fit
 from slmodels import build
 from train import run as loops
-from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, SLArguments
-from train.checkpoint import RunFolder, load_model, model_identity, save_model
+from train.Arguments import SLArguments
+from train.checkpoint import RunFolder, load_weights, save_model
+from train.metrics import Metrics
 from train.polish import make_polisher, summary
-from train.utils import Catemapper, Metrics, map_splits
 
 SECONDS = 20  # a case takes a tenth of one
 MEMORY = 4 * 2**30  # beyond what the tests have taken so far
@@ -421,7 +423,7 @@ def small_model(dims: list[int], numbers: int) -> torch.nn.Module:
 def read_baseline(case: Case, original: Splits, identity: dict[str, Any]) -> None:
     model = small_model(identity["field_dims"], original.train.numerical_num)
     with blame(case, plainly.Plain([], []), re.escape(str(case.path)) + ".*: make it anew$"):
-        load_model(case.path, model, identity, "make it anew")
+        load_weights(case.path, model, identity, "make it anew")
     value = saved_value(case)
     assert {name: value[name] for name in identity} == identity
     assert_weights(value["weights"], model)
@@ -430,19 +432,28 @@ def read_baseline(case: Case, original: Splits, identity: dict[str, Any]) -> Non
 def read_critic(case: Case, original: Splits, identity: dict[str, Any], settings: SLArguments) -> None:
     model = small_model(identity["field_dims"], original.train.numerical_num)
     with blame(case, plainly.Plain([], []), re.escape(str(case.path))
-               + ".*: python3 RLmain.py --actor_name=esmm --embed_dim=4$"):
-        polisher = make_polisher(model, settings, identity, original.train.numerical_num, torch.device("cpu"))
+               + ".*: python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=4 --bottom_mlp_dims=8,4 "
+               "--tower_mlp_dims=4$"):
+        polisher = make_polisher(model, settings, identity, torch.device("cpu"))
     value = saved_value(case)
     assert {name: value[name] for name in ("data", "numerical", "field_dims")} == {
         name: identity[name] for name in ("data", "numerical", "field_dims")}
     assert_weights(value["weights"], polisher.critics[("critic1.pth", "critic2.pth").index(case.path.name)])
 
 
+def fit_once(model: torch.nn.Module, splits: Splits, settings: SLArguments, run_folder: RunFolder) -> None:
+    """Train as SLmain.py does, to the best weights."""
+    training = loops.Training(model, splits, settings, run_folder, lambda path, weights: save_model(path, weights, {}),
+                              torch.device("cpu"))
+    fit(training)
+    training.take_best()
+
+
 def read_state(case: Case, original: Splits, identity: dict[str, Any], settings: SLArguments) -> None:
     model = small_model(identity["field_dims"], original.train.numerical_num)
     run_folder = RunFolder(case.folder, "rt_esmm_0.0")
     with blame(case, plainly.Plain([], []), re.escape(str(case.path)) + ".*run without --resume to start anew$"):
-        loops.slfit(model, original, settings, run_folder, identity, torch.device("cpu"))
+        fit_once(model, original, settings, run_folder)
     value = saved_value(case)
     assert value["fingerprint"] == original.fingerprint
     assert_weights(value["stopper"]["best_state"], model)
@@ -474,7 +485,7 @@ def read_memory(case: Case) -> None:
 def read_books(case: Case, settings: SLArguments) -> None:
     """A damaged control is left out with a line that names the file, or its very figures stand in the table."""
     own = [Metrics(0.7, 0.2, 0.1), Metrics(0.8, 0.1, 0.05)]
-    text = summary(settings, "start", own, own, ["CTR", "CTCVR"])
+    text = summary(settings, "start", own, own, own, ["CTR", "CTCVR"])
     lines = text.splitlines()
     control = [line for line in lines if line.startswith("control: constant  ")]
     refused = [line for line in lines if line.startswith("control: constant is left out: ")]
@@ -515,20 +526,22 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         splits = load_splits(folder / "tables" / "rt")
         mapper = map_splits(splits, 0.2)
 
-        settings = SLArguments(embed_dim=4, epoch=1, save_dir=str(folder / "SL"), resume=True, batch_size=16,
-                               critic_dir=str(folder / "RL"), polish_lambda=0.0)
-        identity = model_identity("esmm", settings, splits.fingerprint, mapper.field_dims)
+        settings = SLArguments(embed_dim=4, expert_num=2, bottom_mlp_dims=(8, 4), tower_mlp_dims=(4,), epoch=1,
+                               save_dir=str(folder / "SL"), resume=True, batch_size=16, polish_lambda=0.0,
+                               critic_dir=str(folder / "RL"))
+        identity = settings.metadata("esmm", splits.train.metadata)
         model = small_model(mapper.field_dims, splits.train.numerical_num)
         save_model(folder / "pretrain" / "rt_esmm.pt", model, identity)
         state = RunFolder(folder / "state", "rt_esmm_0.0")
-        loops.slfit(model, splits, settings, state, identity, torch.device("cpu"))
+        fit_once(model, splits, settings, state)
         polish = SLArguments(**{**vars(settings), "polish_lambda": 1.0, "resume": False})
         for critic in ("critic1", "critic2"):
             save_model(folder / "RL" / "res_TD3BC_esmm" / f"{critic}.pth", CriticNeg(
-                mapper.field_dims, splits.train.numerical_num, 2, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS),
-                {**identity, "embed_dim": 2})
-        control = RunFolder.of_model(SLArguments(**{**vars(polish), "polish_method": "constant"}))
-        config = {"settings": {**vars(polish), "polish_method": "constant"}, "start": "start"}
+                mapper.field_dims, splits.train.numerical_num, 2, (8, 4), (4,)),
+                {**identity, "embed_dim": 2, "critic_encoder": "none", "critic_window": 0})
+        controlled = SLArguments(**{**vars(polish), "polish_method": "constant"})
+        control = controlled.run
+        config = {"settings": controlled.plain(), "start": "start"}
         control.books.mkdir(parents=True)
         control.config.write_text(json.dumps(config))
         control.write_metrics([{"split": "val", "epoch": 1, "loss": 0.25, "auc_CTR": 0.61, "auc_CTCVR": 0.71},

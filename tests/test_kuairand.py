@@ -21,7 +21,7 @@ from dataset.kuairand import USER_FIELDS, VIDEO_FIELDS
 from dataset.mdp import SPLITS
 from dataset.prepare import prepare
 from dataset.rtrl import NUMERICAL, load_splits
-from train.utils import map_splits
+from dataset.vocabulary import map_splits
 
 SAMPLE = REPOSITORY.parent / "shared" / "data" / "kuairand-pure-sample"
 ROWS, USERS, VIDEOS = 3000, 60, 40

@@ -11,11 +11,12 @@ from conftest import complaint
 from torch import Tensor, nn
 
 from dataset.rtrl import Batches, load_splits
+from dataset.vocabulary import map_splits
 from slmodels import MetaHeac
 from slmodels.metaheac import INNER_LR
 from train import world
 from train.run import get_model, sltrain
-from train.utils import RlLossPolisher, map_splits
+from train.utils import RlLossPolisher
 
 SIZES = ([4, 9, 3], 5, 6, (12, 10), (8, 6), 2, 4, 0.0)
 

@@ -12,8 +12,9 @@ from conftest import complaint
 from torch import Tensor, nn
 
 import SLmain
-from agents import DDPG_ESMM, ReplayBuffer
+from agents import DDPG_ESMM_BC, ReplayBuffer
 from dataset.rtrl import Batches, RetailRocketRLDataset, load_splits
+from dataset.vocabulary import map_splits
 from RLmain import main as train_critics
 from slmodels import build
 from train import run as loops
@@ -21,7 +22,6 @@ from train.Arguments import RLArguments
 from train.checkpoint import load_tensors
 from train.numbers import FirstBad, bad_tensor, leaking_features, leaking_scores, worst_return
 from train.run import cross_entropy, sltrain
-from train.utils import map_splits
 
 SL = {"embed_dim": 8, "epoch": 3, "batch_size": 512, "device": "cpu"}
 RL = {"embed_dim": 8, "epoch": 4, "epoch_updates": 10, "init_episode": 50, "batch_size": 64, "device": "cpu",
@@ -176,7 +176,7 @@ def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: P
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**RL, "reward_type": reward_type, "refill": True}
     train_critics(RLArguments(**settings))
-    monkeypatch.setattr(DDPG_ESMM, "td_target", lambda self, task, critic, target, batch: torch.full_like(
+    monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, critic, target, batch: torch.full_like(
         batch["done"], -1e4 * (self.updates >= 20)))
     text = complaint(lambda: train_critics(RLArguments(**settings, critic_lr=0.1)))
     assert re.search(r"critic 1 \(task 0\) diverged in epoch 3: its mean \|Q\| is \S+, its loss \S+, but no return is "
@@ -186,8 +186,8 @@ def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: P
 
 
 def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = DDPG_ESMM.td_target
-    monkeypatch.setattr(DDPG_ESMM, "td_target", lambda self, task, *rest: target(self, task, *rest) * (
+    target = DDPG_ESMM_BC.td3_target
+    monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, *rest: target(self, task, *rest) * (
         float("inf") if task == 1 and self.updates == 12 else 1.0))
     text = complaint(lambda: train_critics(RLArguments(**RL)))
     assert text.startswith("the loss of critic2 (task 1) is inf at update 13 (NaN or infinity in Q or the target, of ")

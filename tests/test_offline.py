@@ -17,6 +17,7 @@ from test_env import REWARDS, handmade
 
 from agents import DDPG_ESMM, DDPG_ESMM_BC
 from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.vocabulary import map_splits
 from env import MTEnv, RewardType, reward_of
 from train import offline
 from train.checkpoint import RunFolder
@@ -30,7 +31,7 @@ from train.offline import (
     train_and_test_offline,
 )
 from train.offline import test as play_test_sessions
-from train.utils import ConvergeStopper, map_splits
+from train.utils import ConvergeStopper
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +91,12 @@ def trained(folder: Path, data: Data, epoch: int, cls: type[DDPG_ESMM] = DDPG_ES
     """A small run into `folder`: the same seed, hence the same baseline."""
     torch.manual_seed(11)
     folder.mkdir(exist_ok=True)
-    hyparams = {name: more.pop(name) for name in ("critic_lr",) if name in more}
+    hyparams = {name: more.pop(name) for name in ("critic_lr", "reward_type") if name in more}
     agent = make_agent(folder, data[0], cls, memory_size=20_000, batch_size=32, init_training_step=2, **hyparams)
     change(agent)
     rows = train_and_test_offline(MTEnv(data[1]), agent, epoch, 50, str(folder), str(folder / "memory.npz"),
                                   seed=3, epoch_updates=8, resume=resume,
-                                  **{"stopper": ConvergeStopper(3, 1e-6), **more})
+                                  **{"stopper": ConvergeStopper(num_trials=3, tolerance=1e-6), **more})
     return agent, rows
 
 
@@ -150,7 +151,7 @@ def test_resuming_refuses_other_settings_and_a_fresh_start_keeps_the_old_state(t
 def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Data,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     """Every change is less than 1000 %: after the first epoch two more are enough."""
-    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(2, 10.0))
+    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=2, tolerance=10.0))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     said = capsys.readouterr().out
     assert "converged in epoch 3: the critic loss changed by less than 1000.0% for 2 epochs" in said
@@ -159,8 +160,8 @@ def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Dat
 
 
 def test_a_finished_run_is_resumed_without_a_further_epoch(tmp_path: Path, data: Data) -> None:
-    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(1, 10.0))
-    agent, again = trained(tmp_path, data, 9, stopper=ConvergeStopper(1, 10.0), resume=True)
+    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0))
+    agent, again = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0), resume=True)
     assert again == rows
     assert agent.updates == 8 * len(rows)
 
@@ -218,16 +219,16 @@ def test_a_loss_that_is_no_number_stops_the_run_with_one_line(tmp_path: Path, da
 
 def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
         tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
-    first, _ = trained(tmp_path, data, 1, memory_identity={"reward_type": "bce"})
+    first, _ = trained(tmp_path, data, 1)
     stamp = (tmp_path / "memory.npz").stat().st_mtime_ns
     assert "filled with" in capsys.readouterr().out
-    second, _ = trained(tmp_path, data, 1, memory_identity={"reward_type": "bce"})
+    second, _ = trained(tmp_path, data, 1)
     assert "filled with" not in capsys.readouterr().out
     assert (tmp_path / "memory.npz").stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(first.memory.rows, second.memory.rows)
-    text = complaint(lambda: trained(tmp_path, data, 1, memory_identity={"reward_type": "norm"}))
+    text = complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
     assert "another reward type" in text
-    trained(tmp_path, data, 1, memory_identity={"reward_type": "norm"}, refill=True)
+    trained(tmp_path, data, 1, reward_type="norm", refill=True)
     assert "filled with" in capsys.readouterr().out
 
 
@@ -253,22 +254,22 @@ def test_the_exact_q_has_no_td_error_and_ranks_perfectly(tmp_path: Path, monkeyp
     """Of sessions whose rewards are known: Q = the discounted return."""
     agent = uniform(make_agent(tmp_path, handmade([3, 1, 2, 5], [[row % 2, row % 3 == 0] for row in range(11)])))
     played = offline.play(agent.env, agent)
-    exact = {**played, "q": played["return"]}
+    exact = played._replace(q=played.returns)
     monkeypatch.setattr(offline, "play", answers(exact))
     figures = judge(agent.env, agent)
     for task in range(2):
         assert figures[f"td_error_{task}"] == pytest.approx(0, abs=1e-12)
         assert figures[f"rank_correlation_{task}"] == pytest.approx(1)
         assert figures[f"zero_share_{task}"] == 0
-    assert figures["score"] == pytest.approx(float(played["reward"].sum()) / 4, rel=1e-5)
+    assert figures["score"] == pytest.approx(float(played.reward.sum()) / 4, rel=1e-5)
 
-    monkeypatch.setattr(offline, "play", answers({**played, "q": -played["return"]}))
+    monkeypatch.setattr(offline, "play", answers(played._replace(q=-played.returns)))
     assert judge(agent.env, agent)["rank_correlation_0"] == pytest.approx(-1)
-    monkeypatch.setattr(offline, "play", answers({**played, "q": np.zeros((11, 2))}))
+    monkeypatch.setattr(offline, "play", answers(played._replace(q=np.zeros((11, 2)))))
     figures = judge(agent.env, agent)
     assert figures["zero_share_1"] == 1
     assert figures["rank_correlation_1"] == 0
-    assert figures["td_error_1"] == pytest.approx(float((played["reward"][:, 1] ** 2).mean()))
+    assert figures["td_error_1"] == pytest.approx(float((played.reward[:, 1] ** 2).mean()))
 
 
 def test_rank_correlation_is_spearmans() -> None:
@@ -286,20 +287,20 @@ def test_play_gives_what_single_steps_through_the_environment_give(tmp_path: Pat
         rewards = []
         for _ in range(length):
             action = agent.select_action(state, noise=False)
-            np.testing.assert_allclose(action, played["action"][row], rtol=1e-5)
+            np.testing.assert_allclose(action, played.action[row], rtol=1e-5)
             state, reward, _, _, _ = env.step(action)
             rewards.append(reward)
-            np.testing.assert_allclose(reward, played["reward"][row], rtol=1e-4)
+            np.testing.assert_allclose(reward, played.reward[row], rtol=1e-4)
             row += 1
         discounted = sum(0.9**t * reward for t, reward in enumerate(rewards))
-        np.testing.assert_allclose(played["return"][row - length], discounted, rtol=1e-4)
+        np.testing.assert_allclose(played.returns[row - length], discounted, rtol=1e-4)
 
 
 def test_the_dynamic_evaluation_reads_the_saved_agent(tmp_path: Path, data: Data,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     agent, _ = trained(tmp_path, data, 1, DDPG_ESMM)
     env = MTEnv(data[1], is_test=True)
-    expected = float(offline.play(env, agent)["reward"].sum() / len(env.sessions.starts))
+    expected = float(offline.play(env, agent).score)
     with torch.no_grad():
         for one in agent.actor.parameters():
             one.zero_()
@@ -307,7 +308,7 @@ def test_the_dynamic_evaluation_reads_the_saved_agent(tmp_path: Path, data: Data
     assert figures["score"] == pytest.approx(expected)
     said = capsys.readouterr().out
     for task in range(2):
-        line = f"task {task}, AUC {figures[f'auc_{task}']:.4f}, Log-loss {figures[f'logloss_{task}']:.4f}"
+        line = f"task {task}, AUC {figures[f'auc_{task}']}, Log-loss {figures[f'logloss_{task}']}"
         assert line in said
         assert figures[f"auc_{task}"] != 0.5, "the zeroed actor would reach that"
 

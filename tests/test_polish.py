@@ -17,10 +17,12 @@ from torch import Tensor, nn
 import SLmain
 from dataset.files import UserError
 from dataset.rtrl import load_splits
+from dataset.vocabulary import map_splits
 from layers import ESMM, CriticNeg
-from train.Arguments import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS
-from train.checkpoint import RunFolder, load_tensors, save_model
-from train.utils import Metrics, RlLossPolisher, map_splits
+from train.Arguments import SLArguments
+from train.checkpoint import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RunFolder, load_tensors, save_model
+from train.metrics import Metrics
+from train.utils import RlLossPolisher
 
 
 class Actor(nn.Module):
@@ -215,11 +217,12 @@ def shop(tables: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def make_critics(model: str = "esmm", **changed: Any) -> None:
     """Fresh critics of this data where RLmain.py writes them."""
     splits = load_splits(Path("dataset/rt"))
-    identity = {"data": splits.fingerprint, "numerical": "session", "embed_dim": 8,
-                "field_dims": map_splits(splits, 0.2).field_dims, **changed}
+    map_splits(splits, 0.2)
+    metadata = {**SLArguments(embed_dim=8).metadata(model, splits.train.metadata), "critic_encoder": "none",
+                "critic_window": 0, **changed}
     for name in ("critic1", "critic2"):
-        critic = CriticNeg(identity["field_dims"], splits.train.numerical_num, 8, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
-        save_model(Path(f"chkpt/RL/res_TD3BC_{model}/{name}.pth"), critic, identity)
+        critic = CriticNeg(metadata["field_dims"], splits.train.numerical_num, 8, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
+        save_model(Path(f"chkpt/RL/res_TD3BC_{model}/{name}.pth"), critic, metadata)
 
 
 def test_without_critics_the_command_for_them_is_named_before_anything_is_trained(shop: Path) -> None:
@@ -380,8 +383,12 @@ def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
     ({"field_dims": [2] * 7}, "its field_dims is"),
     ({"numerical": "none"}, "its numerical is"),
     ({"embed_dim": 16}, "do not fit"),
-    ({"embed_dim": None}, "do not fit"),
-    ({"embed_dim": -3}, ""),
+    ({"embed_dim": None}, "a size of None"),
+    ({"embed_dim": -3}, "a size of -3"),
+    ({"embed_dim": 2**30}, "do not fit"),
+    ({"features": "0123456789abcdef"}, "its features are computed in another way"),
+    ({"vocabulary": "0123456789abcdef"}, "its ids stand for other values"),
+    ({"bottom_mlp_dims": [512]}, "do not fit"),
 ])
 def test_critics_of_something_else_are_refused(shop: Path, changed: dict[str, Any], named: str) -> None:
     SLmain.main(**TINY, model_name="esmm")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from dataset.rtrl import Batches, load_splits
+from dataset.vocabulary import map_splits
 from slmodels import MODELS, build
 from train.run import slpred
-from train.utils import map_splits, pick_device
+from train.utils import pick_device
 
 
 @pytest.mark.parametrize("numerical", ["session", "none"])

@@ -30,7 +30,7 @@ from layers import CriticNeg
 from layers.session import CONTEXT, WITH_ENCODER, SessionCritic, SessionModel, input_of, make_critic, window_of
 from slmodels import MODELS, build
 from train.Arguments import RLArguments
-from train.checkpoint import save_model
+from train.checkpoint import model_metadata, save_model
 from train.offline import judge, one_iter_offline
 from train.run import get_model, slpred, sltrain
 from train.utils import RlLossPolisher
@@ -248,10 +248,10 @@ def agent_of(folder: Path, encoder: str, critic_encoder: str, lengths: list[int]
              cls: type[DDPG_ESMM] = DDPG_ESMM_BC, **hyparams: Any) -> DDPG_ESMM:
     dataset = windows_of(lengths)
     actor = build("esmm", FIELD_DIMS, NUMBERS, *SIZES, 2, 2, 0.2, encoder, window)
-    save_model(folder / ("rt_esmm.pt" if encoder == "none" else f"rt_esmm_{encoder}.pt"), actor, {})
-    return cls(MTEnv(dataset, is_seq=True, window=window), pretrain_path=str(folder), identity={}, embed_dim=EMBED,
-               bottom_mlp_dims=(16, 8), tower_mlp_dims=(8, 4), memory_size=200, batch_size=16, encoder=encoder,
-               critic_encoder=critic_encoder, **hyparams)
+    save_model(folder / ("rt_esmm.pt" if encoder == "none" else f"rt_esmm_{encoder}.pt"), actor,
+               model_metadata(dataset.metadata, "esmm", 2, EMBED, 2, (16, 8), (8, 4), encoder, window))
+    return cls(MTEnv(dataset, is_seq=True, window=window), pretrain_path=folder, memory_size=200, batch_size=16,
+               encoder=encoder, critic_encoder=critic_encoder, **hyparams)
 
 
 @pytest.mark.parametrize(("encoder", "critic_encoder"), [("gru", "gru"), ("attention", "attention"), ("none", "gru"),
@@ -367,13 +367,14 @@ def test_the_three_commands_with_an_encoder_leave_the_plain_files_alone(
         shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(shop)
     sees: dict[str, Any] = {"encoder": "gru", "window": 4, "memory_path": "pretrain/memory_gru.npz"}
-    assert "python3 SLmain.py --model_name=esmm --encoder=gru --window=4" in complaint(lambda: critics_run(**sees))
+    command = "python3 SLmain.py --model_name=esmm --expert_num=2 --embed_dim=8 --encoder=gru --window=4"
+    assert command in complaint(lambda: critics_run(**sees))
     seen = {"encoder": "gru", "window": 4}
     model_run(**seen)
     assert "saved chkpt/SL/rt_esmm_gru/rt_esmm_gru_0.0.pt and pretrain/rt_esmm_gru.pt" in capsys.readouterr().out
-    assert "python3 RLmain.py --actor_name=esmm --encoder=gru --window=4" in complaint(
+    assert "python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=8 --encoder=gru --window=4" in complaint(
         lambda: model_run(**seen, polish_lambda=1.0))
-    assert "memory.npz: a memory of another encoder" in complaint(lambda: critics_run(**seen))
+    assert "memory.npz: a memory of another window" in complaint(lambda: critics_run(**seen))
     critics_run(**sees)
     model_run(**seen, polish_lambda=1.0)
     said = capsys.readouterr().out
@@ -392,8 +393,8 @@ def test_critics_that_see_the_session_weight_a_model_that_does_not(
         shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(shop)
     sees: dict[str, Any] = {"critic_encoder": "attention", "window": 4}
-    assert "python3 RLmain.py --actor_name=esmm --critic_encoder=attention --window=4" in complaint(
-        lambda: model_run(**sees, polish_lambda=1.0))
+    command = "python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=8 --critic_encoder=attention --window=4"
+    assert command in complaint(lambda: model_run(**sees, polish_lambda=1.0))
     assert "memory.npz: a memory of another window" in complaint(lambda: critics_run(**sees))
     critics_run(**sees, memory_path="windows.npz")
     model_run(**sees, polish_lambda=1.0)

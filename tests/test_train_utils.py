@@ -18,21 +18,13 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
 from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.vocabulary import Catemapper, map_splits
 from layers import ESMM
 from train.Arguments import SLArguments, parse
-from train.checkpoint import load_model, save_model, save_tensors
+from train.checkpoint import FORMAT, get_optim_param, load_weights, save_model, save_tensors, set_optim_param
+from train.metrics import Metrics, measure
 from train.run import validation_score
-from train.utils import (
-    Catemapper,
-    EarlyStopper,
-    Metrics,
-    get_optim_param,
-    map_splits,
-    measure,
-    pick_device,
-    set_optim_param,
-    set_seed,
-)
+from train.utils import EarlyStopper, pick_device, set_seed
 
 
 def data_set(*columns: Sequence[str]) -> RetailRocketRLDataset:
@@ -323,7 +315,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
 
-IDENTITY = {"model_name": "esmm", "data": "abc", "field_dims": [3, 4]}
+IDENTITY = {"format": FORMAT, "model_name": "esmm", "data": "abc", "field_dims": [3, 4]}
 
 
 def esmm(field_dims: Sequence[int] = (3, 4), seed: int = 0) -> ESMM:
@@ -334,7 +326,7 @@ def esmm(field_dims: Sequence[int] = (3, 4), seed: int = 0) -> ESMM:
 def test_a_model_there_and_back(tmp_path: Path) -> None:
     save_model(tmp_path / "m.pt", esmm(), IDENTITY)
     other = esmm(seed=1)
-    load_model(tmp_path / "m.pt", other, IDENTITY, "train it")
+    load_weights(tmp_path / "m.pt", other, IDENTITY, "train it")
     for one, two in zip(esmm().parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
 
@@ -349,7 +341,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     path = tmp_path / "m.pt"
     save_model(path, esmm(), {**IDENTITY, name: value})
-    text = complaint(lambda: load_model(path, esmm(), IDENTITY, "train it again"))
+    text = complaint(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
     assert text == f"{path}: its {name} is {value}, not {IDENTITY[name]}: train it again"
 
 
@@ -357,7 +349,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, val
                                    [True, 4], {"3": 4}, None], ids=str)
 def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> None:
     save_model(tmp_path / "m.pt", esmm(), {**IDENTITY, "field_dims": value})
-    text = complaint(lambda: load_model(tmp_path / "m.pt", esmm(), IDENTITY, "train it again"))
+    text = complaint(lambda: load_weights(tmp_path / "m.pt", esmm(), IDENTITY, "train it again"))
     assert "its field_dims is " in text
 
 
@@ -372,7 +364,7 @@ def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> N
 def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path: Path, saved: dict[str, Any]) -> None:
     path = tmp_path / "m.pt"
     save_tensors(path, {**saved, **IDENTITY})
-    text = complaint(lambda: load_model(path, esmm(), IDENTITY, "train it again"))
+    text = complaint(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
     assert text.startswith(f"{path}: ")
     assert text.endswith(": train it again")
 

@@ -42,6 +42,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
+            if isinstance(getattr(self, one.name), Path):
+                setattr(self, one.name, str(getattr(self, one.name)))
             check(one, getattr(self, one.name))
             if isinstance(one.default, tuple):
                 setattr(self, one.name, tuple(getattr(self, one.name)))

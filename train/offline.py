@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from agents import DDPG_ESMM
 from dataset.files import UserError, only_run
-from env import MTEnv, describe, reward_of
+from env import MTEnv, describe, reward_of, to_action_space
 from layers.critic import zero_share
 from train.checkpoint import RunFolder, save_tensors, weights_digest
 from train.metrics import measure
@@ -218,7 +218,7 @@ def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, seed: int, 
     chosen = np.resize(rng.permutation(count), init_episode)
     with only_run(path):
         if init_episode:
-            fill(agent, lambda state: agent.to_action_space(rng.random((len(state), agent.task_num), np.float32)),
+            fill(agent, lambda state: to_action_space(agent.env, rng.random((len(state), agent.task_num), np.float32)),
                  chosen)
         one_iter_offline(agent)
         agent.memory.save(path, identity)
@@ -296,7 +296,7 @@ def play(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Played:
         return rollout(environment, agent)
     sessions = environment.sessions
     parts = np.array_split(np.arange(len(sessions.states)), max(1, len(sessions.states) // EVALUATION_ROWS))
-    actions = np.concatenate([agent.select_action(sessions.observe(rows), noise=False) for rows in parts])
+    actions = np.concatenate([agent.predict(sessions.observe(rows)) for rows in parts])
     q = np.concatenate([_q_of(agent, sessions.observe(rows), actions[rows]) for rows in parts])
     rewards = reward_of(actions, sessions.labels, sessions.reward_type)
     return Played(actions, rewards, sessions.labels, q,
@@ -306,7 +306,7 @@ def play(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Played:
 
 def rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Played:
     """The same by stepping through the environment."""
-    steps = list(step_through(environment, lambda state: agent.select_action(state, noise=False)))
+    steps = list(step_through(environment, lambda state: to_action_space(environment, agent.predict(state))))
     order = np.argsort(np.concatenate([step["episode"] for step in steps]), kind="stable")
     session, state, action, reward, label = (
         np.concatenate([step[name] for step in steps])[order] for name in ("episode", "state", "action", "reward",

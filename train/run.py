@@ -80,8 +80,6 @@ EVALUATION_BATCH = 4096  # rows: activations that are still in the cache when th
 class Polisher(Protocol):
     """What weights the loss: given a batch, of windows if it needs them, a weight for every sample and task (B, T)."""
 
-    model: nn.Module | None  # whose predictions are judged; None: that which is trained
-
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor: ...
 
 
@@ -157,7 +155,7 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Ite
     model.train()
     criterion, needs_all = _without_mean(criterion), polisher is not None or weighting is not None
     weighting = weighting or Weighting()
-    if polisher is not None and polisher.model is None:
+    if isinstance(polisher, RlLossPolisher) and polisher.model is None:
         polisher.model = model
     total, rows, step = torch.zeros((), device=device), 0, 0
     last = len(data_loader) if isinstance(data_loader, Sized) else None
