@@ -10,7 +10,7 @@ from typing import Any
 
 from dataset.files import UserError
 from slmodels import MODELS
-from train.Arguments import Arguments, RLArguments, SLArguments, setting
+from train.Arguments import RLArguments, Settings, SLArguments, setting
 from train.weighting import WEIGHTINGS
 
 TABLES = ("main", "ablation", "session", "tried", "weighting", "transfer", "lambda", "gamma", "tau")
@@ -18,7 +18,7 @@ Key = tuple[str, str, str, int]  # data set, model, arm, seed
 
 
 @dataclass(kw_only=True)
-class GridArguments(Arguments):
+class GridArguments(Settings):
     """Which part of the grid is run, and how large."""
 
     datasets: str = setting("rt", "data sets, with commas between them")
