@@ -176,6 +176,9 @@ def describe(env: gym.Env[Any, Any]) -> States:
     else:
         high = observed.high if observed.high.ndim == 1 else observed.high[-1]
         field_dims = [int(bound) + 1 for bound in high[np.isfinite(high)]]
+        if not np.isfinite(high[:len(field_dims)]).all() or any(bound % 1 for bound in high[:len(field_dims)]):
+            raise UserError(f"{type(inner).__name__}: an observation is first its ids, whose upper bounds are whole "
+                            "numbers, then its numbers, which have none")
         window = 0 if observed.high.ndim == 1 else len(observed.high)
         reward_type, data = type(inner).__name__, {}
     numerical_num = observed.shape[-1] - len(field_dims)

@@ -181,6 +181,9 @@ class DDPG_ESMM:
             self._label_counts = counts, self.memory.stored
         return counts
 
+    def prepare(self) -> None:
+        """Take from the memory, now that it is filled, what no update changes: nothing here."""
+
     def sample(self) -> tuple[Tensors, float]:
         """A batch from the memory, this process's share of it, and which share that is (1 where it is alone)."""
         batch = self.process_batch(self.memory.sample_batch())

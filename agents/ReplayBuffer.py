@@ -93,6 +93,10 @@ class ReplayBuffer:
         index = self.rng.choice(self.size, min(self.batch_size, self.size), replace=False, shuffle=False)
         return {**self._named(self.rows[index]), "index": index}
 
+    def clear(self) -> None:
+        """Forget all transitions."""
+        self.next, self.size = 0, 0
+
     def _named(self, rows: Floats) -> Transition:
         return {**{name: rows[:, columns] for name, columns in self.columns.items()}, "done": rows[:, -1]}
 

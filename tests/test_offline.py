@@ -232,6 +232,17 @@ def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
     assert "filled with" in capsys.readouterr().out
 
 
+def test_a_memory_that_held_something_is_filled_anew(tmp_path: Path, data: Data,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written under the agent's name is what such an agent fills, not what it happened to hold before."""
+    clean, _ = trained(tmp_path / "clean", data, 1)
+    held, _ = trained(tmp_path / "held", data, 1, change=uniform)
+    assert f"the {len(data[0]):,} transitions that the memory held are left out" in capsys.readouterr().out
+    assert len(held.memory) == len(clean.memory)
+    with np.load(tmp_path / "clean/memory.npz") as one, np.load(tmp_path / "held/memory.npz") as other:
+        np.testing.assert_array_equal(one["action"], other["action"])
+
+
 def test_a_memory_that_was_read_trains_as_the_one_that_was_filled(tmp_path: Path, data: Data) -> None:
     first, rows = trained(tmp_path, data, 2)
     second, again = trained(tmp_path, data, 2)

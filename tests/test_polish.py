@@ -157,7 +157,7 @@ def test_a_samples_weight_depends_on_the_sample_alone(dropout: float, seed: int,
     asked = polisher(dropout)
     torch.testing.assert_close(asked.weights(*(one[order] for one in rows)), expected[order], rtol=1e-5, atol=1e-6)
     assert asked.model.training == train_mode
-    assert not any(critic.training for critic in asked.critics)
+    assert all(critic.training for critic in asked.critics), "they are in the mode that they were in"
     assert float(expected.std()) > 0
 
 
@@ -179,7 +179,7 @@ def test_the_weights_are_numbers_to_the_gradient() -> None:
                 total += 0 if one is None else float(w[row, task]) * one / 12
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    assert all(one.grad is None and not one.requires_grad for critic in critics for one in critic.parameters())
+    assert all(one.grad is None for critic in critics for one in critic.parameters())
 
 
 def test_the_summary_by_hand() -> None:
@@ -223,6 +223,14 @@ def make_critics(model: str = "esmm", **changed: Any) -> None:
     for name in ("critic1", "critic2"):
         critic = CriticNeg(metadata["field_dims"], splits.train.numerical_num, 8, BOTTOM_MLP_DIMS, TOWER_MLP_DIMS)
         save_model(Path(f"chkpt/RL/res_TD3BC_{model}/{name}.pth"), critic, metadata)
+
+
+def test_critics_that_weight_a_loss_go_on_training() -> None:
+    """They answer in eval mode and come back in their own; their parameters keep their gradients."""
+    critics = [CriticNeg([3, 4], 2, 8, (16, 8), (8, 4)).train() for _ in range(2)]
+    RlLossPolisher(Actor(), critics, 1.0).weights(torch.zeros(5, 2, dtype=torch.long), torch.zeros(5, 2),
+                                                  torch.zeros(5, 2))
+    assert all(critic.training and parameter.requires_grad for critic in critics for parameter in critic.parameters())
 
 
 def test_without_critics_the_command_for_them_is_named_before_anything_is_trained(shop: Path) -> None:

@@ -324,7 +324,7 @@ def test_a_critic_weights_a_model_that_does_not_see_what_it_sees() -> None:
     assert polisher.window == 4
     ids, numbers, labels = Batches(windows_of([3, 5]), 8, window=4).rows(torch.arange(8))
     action = model.eval()(ids[:, -1], numbers[:, -1])
-    q = torch.stack([critic(ids, numbers, action[:, [task]]) for task, critic in enumerate(critics)], dim=1)
+    q = torch.stack([critic.eval()(ids, numbers, action[:, [task]]) for task, critic in enumerate(critics)], dim=1)
     torch.testing.assert_close(polisher.weights(ids, numbers, labels), 1 - q.detach())
     assert RlLossPolisher(model, [CriticNeg(FIELD_DIMS, NUMBERS, *SIZES)], 1.0).window == 0
 

@@ -143,6 +143,7 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
     fingerprint, origin = str(agent.metadata.get("data")), {"start": weights_digest(agent.pretrain_actor)}
     state = run.open(settings or {}, manifest or {}, fingerprint, origin, resume)
     _prepare_memory(agent, init_episode, Path(memory_path), seed, refill)
+    agent.prepare()
     rows: list[dict[str, Any]] = []
     revived, first, going, actor_epochs = 0, 1, True, 0
     if state is not None:
@@ -191,8 +192,8 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
 
     print(f"converged in epoch {rows[-1]['epoch']}: the critic loss changed by less than {change(stopper.tolerance)} "
           f"for {stopper.num_trials} epochs" if not going else
-          f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch); last change of the critic loss "
-          f"{change(stopper.change)}")
+          f"stopped after epoch {rows[-1]['epoch']}, the last one (--epoch)"
+          + (f"; last change of the critic loss {change(stopper.change)}" if np.isfinite(stopper.change) else ""))
     agent.save_or_load_agent(save_dir, if_save=True)
     run.write_metrics(rows)
     plot_loss(rows, run.curves)
@@ -213,6 +214,9 @@ def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, seed: int, 
         agent.memory.load(path, identity)
         print(f"{path}: {len(agent.memory):,} transitions")
         return
+    if len(agent.memory):
+        print(f"the {len(agent.memory):,} transitions that the memory held are left out: it is filled anew")
+        agent.memory.clear()
     rng = np.random.default_rng([seed, 0])
     count = getattr(agent.env.unwrapped, "num_sessions", EPISODES)
     chosen = np.resize(rng.permutation(count), init_episode)

@@ -57,11 +57,15 @@ class RlLossPolisher:
         self.model = model if isinstance(model, nn.Module) else None
         if isinstance(critics, str):
             folder = agent_folder(str(critic_dir), "rt", "TD3BC", critics).folder
-            data = {} if isinstance(model, nn.Module) else model.get_wrapper_attr("sessions").metadata
+            sessions = None if isinstance(model, nn.Module) else getattr(model.unwrapped, "sessions", None)
+            if sessions is None:
+                raise UserError(f"critics of '{critics}': {type(model).__name__} is no env.MTEnv, whose data they have "
+                                "to fit: give the critics themselves (train.polish.load_critics reads them)")
+            data = sessions.metadata
             critics = load_critics(folder, data, len(CRITICS), f"train them: python3 RLmain.py --actor_name={critics}",
                                    device)
         self.polish_lambda, self.method, self.normalise = lambda_, method, normalise
-        self.critics = [critic.eval().requires_grad_(False) for critic in critics]
+        self.critics = list(critics)
         self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
         self.digest = weights_digest(*critics)
         self.seen: list[Tensor] = []
@@ -96,8 +100,11 @@ class RlLossPolisher:
         if self.method == "constant":
             w = torch.ones_like(labels)
         else:
-            q = torch.stack([critic(categorical_x, numerical_x, action[:, task:task + 1])
+            modes = [critic.training for critic in self.critics]
+            q = torch.stack([critic.eval()(categorical_x, numerical_x, action[:, task:task + 1])
                              for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
+            for critic, was_training in zip(self.critics, modes, strict=True):
+                critic.train(was_training)
             if self.method == "label":
                 q = labels * q
             w = -q if self.method == "critic" else 1 - self.polish_lambda * q
