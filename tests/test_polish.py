@@ -156,8 +156,7 @@ def test_a_samples_weight_depends_on_the_sample_alone(dropout: float, seed: int,
     torch.manual_seed(seed)
     asked = polisher(dropout)
     torch.testing.assert_close(asked.weights(*(one[order] for one in rows)), expected[order], rtol=1e-5, atol=1e-6)
-    assert asked.model.training == train_mode
-    assert all(critic.training for critic in asked.critics), "they are in the mode that they were in"
+    assert [network.training for network in (asked.model, *asked.critics)] == [train_mode] * 3
     assert float(expected.std()) > 0
 
 
