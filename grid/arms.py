@@ -168,7 +168,7 @@ def _critics(table: str, model: str, name: str, changes: Mapping[str, Any], cont
 def _actor(table: str, model: str, settings: GridArguments, more: str = "", **changes: Any) -> Arm:
     """The model itself, trained to raise Q at the rate of a polish run once its critics have learned for an epoch."""
     return _critics(table, model, f"actor through the critics{more}",
-                    {"agent": "ddpg", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
+                    {"agent": "td3bc", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
                      "actor_lr": settings.learning_rate * SLArguments().polish_rate, **changes}, "constant")
 
 

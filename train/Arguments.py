@@ -22,7 +22,7 @@ from train.checkpoint import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RunFolder, model_m
 from train.weighting import WEIGHTINGS
 
 POLISH_METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
-AGENT_NAMES = {"bc": "TD3BC", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of the folders of results
+AGENT_NAMES = {"bc": "TD3BC", "td3bc": "TD3BCactor", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of result folders
 SIZES = ("task_num", "embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims")  # of a model
 
 Parsed = TypeVar("Parsed", bound="Settings")
@@ -210,9 +210,9 @@ class RLArguments(Arguments):
 
     task_num: int = setting(2, "T, the tasks: one critic each", low=2, high=2)
     actor_name: str = setting("esmm", "the model whose predictions are the actions", choices=list(MODELS))
-    agent: str = setting("bc", "bc: critics alone, to convergence, as TD3+BC learns them; ddpg: plain DDPG, the "
-                         "actor too; multiweight: so, with --ips for each task",
-                         choices=["bc", "ddpg", "multiweight"])
+    agent: str = setting("bc", "bc: critics alone, to convergence, as TD3+BC learns them; td3bc: the actor "
+                         "through them too; ddpg: plain DDPG; multiweight: so, with --ips for each task",
+                         choices=list(AGENT_NAMES))
     reward_type: str = setting("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
     epoch: int = setting(100, "epochs at the most; training stops earlier when the critics have converged", low=1)
     epoch_updates: int = setting(200, "updates an epoch", low=1)
@@ -230,8 +230,8 @@ class RLArguments(Arguments):
     actor_reg: float = setting(0.0, "weight of the actor's pull to the pretrained one", low=0)
     tau: float = setting(0.2, "share by which targets follow", low=0, high=1)
     soft_update_freq: int = setting(2, "updates between two moves of the targets", low=1)
-    actor_update_freq: int = setting(2, "updates between two of the actor (ddpg)", low=1)
-    init_training_step: int = setting(10_000, "updates before the actor trains (ddpg)", low=0)
+    actor_update_freq: int = setting(2, "updates between two of the actor (all but bc)", low=1)
+    init_training_step: int = setting(10_000, "updates before the actor trains (all but bc)", low=0)
     ips: bool = setting(False, "weight samples by the inverse share of their labels: ddpg one weight a sample, "
                         "multiweight and bc one a task")
     drop_out: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
