@@ -2,7 +2,7 @@
 
     python3 RLmain.py                            # critics of the esmm baseline: chkpt/RL/res_TD3BC_esmm
     python3 RLmain.py --actor_name=ple
-    python3 RLmain.py --agent=ddpg --init_training_step=1000    # the actor trains too
+    python3 RLmain.py --agent=td3bc --init_training_step=1000   # the actor trains through them too
     python3 RLmain.py --critic_encoder=gru --memory_path=pretrain/windows.npz    # critics that see the session so far
     python3 RLmain.py --resume                   # go on where a run was stopped
 """

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from test_env import REWARDS, handmade
 from torch import Tensor, nn
 
-from agents import AGENTS, DDPG_ESMM, DDPG_ESMM_BC, DDPG_ESMM_multiweight, ReplayBuffer
+from agents import AGENTS, DDPG_ESMM, DDPG_ESMM_BC, TD3BC_ESMM, DDPG_ESMM_multiweight, ReplayBuffer
 from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_BC import NOISE_CLIP
 from dataset.files import SEAL_LENGTH, UserError
@@ -528,7 +528,19 @@ def test_the_bc_agents_update_moves_critics_and_never_the_actor(tmp_path: Path) 
         assert same(weights(network), before[name]) != name.startswith("critic"), name
 
 
-@pytest.mark.parametrize("cls", [DDPG_ESMM, DDPG_ESMM_multiweight])
+def test_an_actor_that_moves_is_asked_anew_about_next_states(tmp_path: Path) -> None:
+    """Also about a batch that the agent looked at before; its target follows it."""
+    agent = uniform(make_agent(tmp_path, handmade([3] * 20), TD3BC_ESMM, init_training_step=0, actor_update_freq=1))
+    target = weights(agent.actor_target)
+    for _ in range(4):
+        agent.update()
+    assert not same(weights(agent.actor_target), target)
+    batch = sample(agent)
+    expected = agent.actor_target(batch["next_categorical_x"], batch["next_numerical_x"])
+    torch.testing.assert_close(agent.next_prediction(batch), expected)
+
+
+@pytest.mark.parametrize("cls", [DDPG_ESMM, DDPG_ESMM_multiweight, TD3BC_ESMM])
 def test_ddpg_trains_the_actor_after_its_first_steps_and_at_times(tmp_path: Path, cls: type[DDPG_ESMM]) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), cls, init_training_step=4, actor_update_freq=3))
     pretrained, moved = weights(agent.pretrain_actor), []
