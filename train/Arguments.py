@@ -65,9 +65,9 @@ class Arguments(Settings):
     expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
     bottom_mlp_dims: tuple[int, ...] = setting(BOTTOM_MLP_DIMS, "widths of the shared layers, with commas", low=1,
-                                               high=2**20)
+                                               high=65536)
     tower_mlp_dims: tuple[int, ...] = setting(TOWER_MLP_DIMS, "widths of each task's layers, with commas", low=1,
-                                              high=2**20)
+                                              high=65536)
     encoder: str = setting("none", "what a model sees of the session besides: none, or the impressions so far, through "
                            "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
     critic_encoder: str = setting("same", "what the critics see of it: the same as the model, or another encoder",

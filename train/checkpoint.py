@@ -163,10 +163,15 @@ def check_metadata(saved: Mapping[str, Any], expected: Mapping[str, Any], path: 
     check_format(saved, path, hint)
     for name, value in expected.items():
         if not _is_same(saved.get(name), value):
-            what = DIFFERS.get(name, f"its {name} is {_short(saved.get(name))}, not {_short(value)}")
+            found = saved.get(name)
+            what = DIFFERS.get(name, f"its {name} is {_short(found)}, not {_short(value)}")
+            if name in FLAGS:
+                typed = ",".join(map(str, found)) if isinstance(found, list) else found
+                what += f" (--{name}={_short(typed)} fits it)"
             raise UserError(f"{path}: {what}: {hint}")
 
 
+FLAGS = ("embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims", "encoder", "window", "numerical")
 DIFFERS = {"features": "its features are computed in another way than this version does",
            "vocabulary": "its ids stand for other values (another --feature_map_rate, or other data)"}
 
