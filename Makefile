@@ -1,7 +1,7 @@
 # make demo   set up the environment, then run the documented commands
 # make bench  time everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
 # make experiments   reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help tells what can be chosen
-# make test   set up the environment, then lint, type-check and test (under 10 minutes on 2 cores)
+# make test   set up the environment, then lint, type-check and test (some 12 minutes on 2 cores)
 # make torture  all trials of faults and bad input, with their counts
 
 PYTHON ?= python3
