@@ -24,6 +24,7 @@ from dataset.vocabulary import Catemapper
 RewardType = Literal["bce", "norm"]
 Floats = NDArray[np.float32]
 MAX_IDS = 2**24
+ROUNDING = 1e-6  # of a wrapper that scales actions
 CLIP = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
 
 
@@ -33,6 +34,16 @@ def reward_of(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType
         return -np.abs(action - label).astype(np.float32)
     p = np.clip(action, CLIP, 1 - CLIP)
     return np.where(label > 0, np.log(p), np.log1p(-p)).astype(np.float32)
+
+
+def check_actions(actions: Any, shape: tuple[int, ...]) -> Floats:
+    """Actions as float32. Raises ValueError where they are not of this shape, or not predictions from 0 to 1."""
+    given = np.asarray(actions, np.float32)
+    if given.shape != shape:
+        raise ValueError(f"action: shape {given.shape}, but a prediction for each task is needed, {shape}")
+    if not ((given >= -ROUNDING) & (given <= 1 + ROUNDING)).all():  # NaN is neither
+        raise ValueError(f"action: {given.tolist()} is not made of predictions from 0 to 1")
+    return given
 
 
 class Sessions:
@@ -117,13 +128,14 @@ class MTEnv(gym.Env[Floats, Floats]):
         return self._observe(), {"session": int(self.sessions.session[self.row])}
 
     def step(self, action: Floats) -> tuple[Floats, Floats, bool, bool, dict[str, Any]]:
-        """Reward the prediction for the present impression and move to the next one.
+        """Reward the prediction (T,) for the present impression and move to the next one.
 
-        At the session's end the last observation is returned again: nothing follows it.
+        Raises ValueError for an action of another shape, or outside of [0, 1]. At the session's end the last
+        observation is returned again: nothing follows it.
         """
         assert self.row >= 0, "call reset first"
         label = self.sessions.labels[self.row].copy()
-        action = np.array(action, np.float32)
+        action = check_actions(action, label.shape).copy()
         reward = reward_of(action, label, self.sessions.reward_type)
         info = {"label": label, "action": action, "session": int(self.sessions.session[self.row])}
         terminated = self.row == self.sessions.ends[self.episode]
@@ -163,6 +175,8 @@ def describe(env: gym.Env[Any, Any]) -> States:
     if not isinstance(observed, gym.spaces.Box) or not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
         raise UserError(f"{type(inner).__name__}: observations and actions are Boxes: ids and numbers (F + N,), and "
                         "predictions (T,)")
+    if not (np.isfinite(action.low).all() and np.isfinite(action.high).all()):
+        raise UserError(f"{type(env).__name__}: its actions have no bounds, between which predictions could be scaled")
     wrappers, outer = [], env
     while isinstance(outer, gym.Wrapper):
         if not isinstance(outer, gym.wrappers.OrderEnforcing):  # it changes nothing, and gym.make always adds it
@@ -225,6 +239,7 @@ class MTVectorEnv(gym.vector.VectorEnv):
         """One step of every lane: observations (E, ...), rewards (E, T), terminations and truncations (E,), infos."""
         rows, episode, ends = self.row, self.episode, self.sessions.ends
         labels = self.sessions.labels[rows]
+        actions = check_actions(actions, labels.shape)
         rewards = reward_of(actions, labels, self.sessions.reward_type)
         done = rows == ends[self.episodes[episode % len(self.episodes)]]
         self.row = rows + ~done

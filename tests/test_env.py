@@ -275,3 +275,17 @@ def test_the_reward_reported_is_that_of_the_action_reported(train: RetailRocketR
         np.testing.assert_allclose(info["action"], meant, atol=1e-6)
         if terminated:
             env.reset()
+
+
+@pytest.mark.parametrize("action", [0.1, [0.1], [[0.1, 0.2]], [[0.1], [0.2]], [0.1, 0.2, 0.3], [np.nan, 0.2],
+                                    [1.5, 0.2], [0.1, -0.2]], ids=str)
+def test_an_action_that_is_no_prediction_is_refused(action: Any) -> None:
+    """Of another shape it would be broadcast into a reward of another shape."""
+    env = MTEnv(handmade([3]))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="action: "):
+        env.step(action)
+    many = MTEnv(handmade([3, 2])).vector(2)
+    many.reset()
+    with pytest.raises(ValueError, match="action: "):
+        many.step(np.asarray(action, np.float32))

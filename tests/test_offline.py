@@ -340,3 +340,16 @@ def test_a_run_leaves_its_books(tmp_path: Path, data: Data) -> None:
     assert run.curves.read_bytes().startswith(b"\x89PNG")
     assert run.state.exists()
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_refused_memory_leaves_an_earlier_runs_files_alone(tmp_path: Path, data: Data) -> None:
+    """The refusal comes before anything is set aside, however often the run is tried."""
+    trained(tmp_path, data, 1)
+    baseline = "rt_esmm.pt"  # written by the helper of these tests
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != baseline}
+    for _ in range(2):
+        assert "another reward type" in complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+    with pytest.raises(ValueError, match="at least 1"):
+        trained(tmp_path, data, 0)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert not list(tmp_path.glob("*.previous.*"))

@@ -411,3 +411,24 @@ def test_a_baseline_of_other_sizes_is_refused(shop: Path) -> None:
     SLmain.main(**{**TINY, "embed_dim": 4}, model_name="esmm")
     with pytest.raises(UserError, match="embed_dim is 4, not 8"):
         polished()
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_critic_for_each_task_is_needed(count: int) -> None:
+    critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(count)]
+    model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.0)
+    batch = torch.randint(5, (6, 2)), torch.randn(6, 1), torch.zeros(6, 2)
+    with pytest.raises(ValueError, match=f"{count} critics for predictions"):
+        RlLossPolisher(model, critics, 1.0).weights(*batch)
+
+
+def test_critics_of_another_baseline_are_told(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SLmain.main(**TINY, model_name="esmm")
+    make_critics()
+    actor = Path("chkpt/RL/res_TD3BC_esmm/pretrain_actor.pth")
+    actor.write_bytes(Path("pretrain/rt_esmm.pt").read_bytes())
+    polished()
+    assert "another baseline" not in capsys.readouterr().out
+    SLmain.main(**TINY, model_name="esmm", learning_rate=0.01)
+    polished()
+    assert "trained with another baseline of esmm than today's" in capsys.readouterr().out

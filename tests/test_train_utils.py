@@ -429,3 +429,16 @@ def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     for one in fields(SLArguments):
         assert f"--{one.name}" in text
     assert "(default 0.001)" in text
+
+
+def test_settings_take_numpys_numbers_paths_and_devices() -> None:
+    got = SLArguments(epoch=np.int64(3), learning_rate=np.float64(0.01), polish_lambda=1, save_dir=Path("here"),
+                      device=torch.device("cpu"))
+    assert (got.epoch, got.learning_rate, got.polish_lambda, got.save_dir, got.device) == (3, 0.01, 1.0, "here", "cpu")
+    assert [type(one) for one in (got.epoch, got.learning_rate, got.polish_lambda)] == [int, float, float]
+
+
+@pytest.mark.parametrize(("name", "value"), [("epoch", "1"), ("embed_dim", 8.5), ("learning_rate", "0.1"),
+                                             ("resume", 1), ("model_name", None)])
+def test_a_setting_of_another_type_is_refused(name: str, value: Any) -> None:
+    assert f"--{name}: {value!r} is of type" in complaint(lambda: SLArguments(**{name: value}))

@@ -15,6 +15,9 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+import torch
+
 from dataset.files import UserError, is_file_name
 from layers.session import ENCODERS
 from slmodels import MODELS
@@ -42,8 +45,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if isinstance(getattr(self, one.name), Path):
-                setattr(self, one.name, str(getattr(self, one.name)))
+            setattr(self, one.name, _of_type(one, getattr(self, one.name)))
             check(one, getattr(self, one.name))
             if isinstance(one.default, tuple):
                 setattr(self, one.name, tuple(getattr(self, one.name)))
@@ -267,6 +269,21 @@ def check(one: Field[Any], value: Any) -> None:
            for number in (value if isinstance(value, tuple | list) else [value])):
         allowed = f"{low:g} or more" if high == math.inf else f"between {low:g} and {high:g}"
         raise UserError(f"{flag}: {value} is not {allowed}")
+
+
+def _of_type(one: Field[Any], value: Any) -> Any:
+    """A value as the type of the field's default: of numpy's numbers Python's, of a path or a device its text. Raises
+    UserError, naming the flag, where it is of another type."""
+    flag, kind = one.metadata["flag"] or f"--{one.name}", type(one.default)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if kind is str and isinstance(value, Path | torch.device):
+        return str(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if kind is not tuple and type(value) is not kind:
+        raise UserError(f"{flag}: {value!r} is of type {type(value).__name__}, not {kind.__name__}")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):

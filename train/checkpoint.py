@@ -166,9 +166,14 @@ def check_metadata(saved: Mapping[str, Any], expected: Mapping[str, Any], path: 
             found = saved.get(name)
             what = DIFFERS.get(name, f"its {name} is {_short(found)}, not {_short(value)}")
             if name in FLAGS:
-                typed = ",".join(map(str, found)) if isinstance(found, list) else found
-                what += f" (--{name}={_short(typed)} fits it)"
+                fitting = [f"--{flag}={_typed(saved[flag])}" for flag in FLAGS
+                           if flag in expected and flag in saved and not _is_same(saved[flag], expected[flag])]
+                what += f" ({' '.join(fitting)} fits it)"
             raise UserError(f"{path}: {what}: {hint}")
+
+
+def _typed(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else _short(value)
 
 
 FLAGS = ("embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims", "encoder", "window", "numerical")

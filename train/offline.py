@@ -141,8 +141,16 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
         print(f"the actor does not train: {epoch} epochs of {epoch_updates} updates end before its first update, after "
               f"{agent.init_training_step:,} (init_training_step)")
     fingerprint, origin = str(agent.metadata.get("data")), {"start": weights_digest(agent.pretrain_actor)}
+    if epoch < 1 or epoch_updates < 1:
+        raise ValueError(f"{epoch} epochs of {epoch_updates} updates: at least 1 of each is needed")
+    memory = {**agent.memory_metadata(init_episode), "seed": seed}
+    found = Path(memory_path).exists() and not refill
+    if found:  # refused, if at all, before an earlier run's files are touched
+        agent.memory.load(memory_path, memory)
+        print(f"{memory_path}: {len(agent.memory):,} transitions")
     state = run.open(settings or {}, manifest or {}, fingerprint, origin, resume)
-    _prepare_memory(agent, init_episode, Path(memory_path), seed, refill)
+    if not found:
+        _fill_memory(agent, init_episode, Path(memory_path), seed, memory)
     agent.prepare()
     rows: list[dict[str, Any]] = []
     revived, first, going, actor_epochs = 0, 1, True, 0
@@ -208,12 +216,7 @@ def _check_same_states(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> None
                             f"{getattr(own, name)}: make both of one data set, mapped alike")
 
 
-def _prepare_memory(agent: DDPG_ESMM, init_episode: int, path: Path, seed: int, refill: bool) -> None:
-    identity = {**agent.memory_metadata(init_episode), "seed": seed}
-    if path.exists() and not refill:
-        agent.memory.load(path, identity)
-        print(f"{path}: {len(agent.memory):,} transitions")
-        return
+def _fill_memory(agent: DDPG_ESMM, init_episode: int, path: Path, seed: int, identity: dict[str, Any]) -> None:
     if len(agent.memory):
         print(f"the {len(agent.memory):,} transitions that the memory held are left out: it is filled anew")
         agent.memory.clear()

@@ -64,6 +64,8 @@ class RlLossPolisher:
             data = sessions.metadata
             critics = load_critics(folder, data, len(CRITICS), f"train them: python3 RLmain.py --actor_name={critics}",
                                    device)
+        if lambda_ < 0:
+            raise ValueError(f"lambda_ is {lambda_}: 0 or more is needed")
         self.polish_lambda, self.method, self.normalise = lambda_, method, normalise
         self.critics = list(critics)
         self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
@@ -100,6 +102,9 @@ class RlLossPolisher:
         if self.method == "constant":
             w = torch.ones_like(labels)
         else:
+            if action.ndim != 2 or action.shape[1] != len(self.critics):
+                raise ValueError(f"{len(self.critics)} critics for predictions of shape {tuple(action.shape)}: one "
+                                 "critic a task is needed, and predictions (B, T)")
             modes = [critic.training for critic in self.critics]
             q = torch.stack([critic.eval()(categorical_x, numerical_x, action[:, task:task + 1])
                              for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
@@ -152,6 +157,13 @@ def make_polisher(model: nn.Module, settings: SLArguments, metadata: Mapping[str
              + settings.command("RLmain.py", "actor_name", settings.model_name)))
     same = {**metadata, "critic_encoder": settings.critics_see,
             "critic_window": 0 if settings.critics_see == "none" else settings.window}
+    of_actor = folder / "pretrain_actor.pth"
+    if owner == settings.model_name and of_actor.exists():
+        own, theirs = (load_tensors(path, "train it anew")["weights"]
+                       for path in (settings.baseline(owner), of_actor))
+        if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
+            print(f"these critics were trained with another baseline of {owner} than today's; for critics of this one: "
+                  + settings.command("RLmain.py", "actor_name", owner))
     critics = load_critics(folder, same, settings.task_num, "train critics for this data: "
                            + settings.command("RLmain.py", "actor_name", owner), device)
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalise)
