@@ -2,9 +2,9 @@
 
     python3 RLmain.py                            # critics of the esmm baseline: chkpt/RL/res_TD3BC_esmm
     python3 RLmain.py --actor_name=ple
-    python3 RLmain.py --agent=td3bc --init_training_step=1000   # the actor trains through them too
-    python3 RLmain.py --critic_encoder=gru --memory_path=pretrain/windows.npz    # critics that see the session so far
-    python3 RLmain.py --resume                   # go on where a run was stopped
+    python3 RLmain.py --agent=td3bc --init_training_step=1000   # the actor trains through them, too
+    python3 RLmain.py --critic_encoder=gru --memory_path=pretrain/windows.npz    # critics that read the session so far
+    python3 RLmain.py --resume                   # continue a stopped run
 """
 
 from __future__ import annotations
@@ -25,18 +25,22 @@ import gymnasium as gym
 import torch
 
 from agents import AGENTS, DDPG_ESMM
-from agents.DDPG_ESMM import NETWORKS
-from dataset.files import UserError, check_writable, exit_on_user_error, only_run
+from common.checkpoint import check_metadata, load_tensors
+from common.csv_reader import write_csv
+from common.device import pick_device, set_seed
+from common.errors import UserError, cli_entry_point
+from common.fileio import check_writable, exclusive_lock
+from common.run_dir import NETWORK_NAMES, network_path
 from dataset.rtrl import RetailRocketRLDataset, Splits
-from dataset.simulate import Size, expected_return
-from dataset.vocabulary import map_splits
-from env import MTEnv, RewardType, reward_of
-from layers.session import make_critic
+from dataset.simulate import config_from_manifest, expected_return
+from dataset.vocabulary import encode_splits
+from env import MTEnv, RewardType, compute_reward
+from layers.sequence import make_critic
 from train.Arguments import RLArguments, parse
-from train.checkpoint import RunFolder, check_metadata, load_tensors, write_rows
-from train.memory import check_agent, size_of
-from train.run import discounted_returns, get_dataset, get_model, rank_correlation, test, train_and_test_offline
-from train.utils import ActionNormalizer, ConvergeStopper, pick_device, set_seed
+from train.memory_estimate import check_agent, network_size
+from train.offline_rl import discounted_returns, rank_correlation
+from train.run import get_dataset, get_model, test, train_and_test_offline
+from train.utils import ActionNormalizer, ConvergeStopper
 
 
 def create_sub_agent(env: gym.Env[Any, Any], actor_name: str, agentcls: type[DDPG_ESMM], hyparams: Any) -> DDPG_ESMM:
@@ -73,86 +77,85 @@ def main(settings: RLArguments) -> DDPG_ESMM:
                         f"{settings.epoch_updates} updates are {updates:,}, and it begins after "
                         f"{settings.init_training_step:,}: raise --epoch, or lower --init_training_step")
     device = pick_device(settings.device, settings.precision)
-    with only_run(settings.run.books):
-        return train_critics(settings, settings.run, device)
+    with exclusive_lock(settings.run_dir.path):
+        return train_critics(settings, device)
 
 
-def train_critics(settings: RLArguments, run: RunFolder, device: torch.device) -> DDPG_ESMM:
-    """The run, alone in its folder."""
-    baseline = settings.baseline(settings.actor_name)
-    hint = "train it first: " + settings.command("SLmain.py", "model_name", settings.actor_name)
+def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
+    """The run, alone in its directory."""
+    run_dir, baseline = settings.run_dir, settings.baseline(settings.actor_name)
+    train_baseline = settings.suggest_command("SLmain.py", "model_name", settings.actor_name)
     if not baseline.exists():
-        raise UserError(f"{baseline}: no such baseline: {hint}")
+        raise UserError(f"{baseline}: no such baseline: train it first: {train_baseline}")
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     memory_path = Path(settings.memory_path)
-    check_writable(run.books, memory_path.parent,
-                   files=[*run.files, memory_path, *(run.folder / f"{name}.pth" for name in NETWORKS)])
-    map_splits(splits, settings.feature_map_rate)
-    check_metadata(load_tensors(baseline, hint), settings.metadata(settings.actor_name, splits.train.metadata),
-                   baseline, "give the settings that it was trained with, or train one of these: "
-                   + settings.command("SLmain.py", "model_name", settings.actor_name))
+    check_writable(run_dir.path, memory_path.parent,
+                   files=[*run_dir.files, memory_path, *(network_path(run_dir.path, name) for name in NETWORK_NAMES)])
+    encode_splits(splits, settings.feature_map_rate)
+    check_metadata(load_tensors(baseline, f"train it first: {train_baseline}"),
+                   settings.metadata(settings.actor_name, splits.train.metadata), baseline,
+                   f"give the settings that it was trained with, or train one of these: {train_baseline}")
 
     def environment(split: RetailRocketRLDataset, is_test: bool = False) -> gym.Env[Any, Any]:
-        env = MTEnv(split, cast(RewardType, settings.reward_type), is_test, settings.state_window > 0, settings.window)
+        env = MTEnv(split, cast(RewardType, settings.reward_type), is_test, settings.state_context > 0, settings.window)
         return ActionNormalizer(env) if settings.action_normalizer else env
 
-    env, val_env, test_env = environment(splits.train), environment(splits.val), environment(splits.test, True)
-    check_fits(settings, splits, device)
+    check_fits_in_memory(settings, splits, device)
     set_seed(settings.seed)
-    agent = create_sub_agent(env, settings.actor_name, AGENTS[settings.agent],
+    agent = create_sub_agent(environment(splits.train), settings.actor_name, AGENTS[settings.agent],
                              SimpleNamespace(**{**vars(settings), "device": device}))
-    rows = train_and_test_offline(
-        val_env, agent, settings.epoch, settings.init_episode, run.folder, settings.memory_path, run=run,
+    history = train_and_test_offline(
+        environment(splits.val), agent, settings.epoch, settings.init_episode, run_dir.path, memory_path,
         seed=settings.seed, refill=settings.refill, epoch_updates=settings.epoch_updates,
         stopper=ConvergeStopper(num_trials=settings.converge_trials, tolerance=settings.converge_tolerance),
         settings=settings.plain(), manifest=splits.manifest, resume=settings.resume)
 
     print()
-    report(splits, settings, agent, rows[-1])
-    figures = test(test_env, agent, run.folder)
-    write_rows(run.test, [{"epoch": rows[-1]["epoch"], **figures}])
-    print(f"saved the agent in {run.folder}; curves: {run.curves}")
+    print_critic_report(splits, settings.reward_type, agent, history[-1])
+    metrics = test(environment(splits.test, is_test=True), agent, run_dir.path)
+    write_csv(run_dir.test_metrics, [{"epoch": history[-1]["epoch"], **metrics}])
+    print(f"saved the agent in {run_dir.path}; curves: {run_dir.curves}")
     return agent
 
 
-def check_fits(settings: RLArguments, splits: Splits, device: torch.device) -> None:
-    """Refuse what would not fit into memory, before it takes any. Raises UserError."""
-    field_dims, numbers = splits.train.field_dims, splits.train.numerical_num
+def check_fits_in_memory(settings: RLArguments, splits: Splits, device: torch.device) -> None:
+    """Raise UserError where the agent would not fit into memory, before it is allocated."""
+    field_dims, numerical_num = splits.train.field_dims, splits.train.numerical_num
     widths = settings.bottom_mlp_dims, settings.tower_mlp_dims
-    actor = size_of(lambda: get_model(settings.actor_name, field_dims, numbers, settings.task_num, settings.expert_num,
-                                      settings.embed_dim, encoder=settings.encoder, window=settings.window,
-                                      bottom_mlp_dims=widths[0], tower_mlp_dims=widths[1]),
-                    field_dims, settings.embed_dim)
-    critic = size_of(lambda: make_critic(settings.critics_see, settings.window, field_dims, numbers, settings.embed_dim,
-                                         *widths), field_dims, settings.embed_dim)
-    judged = len(splits.val) if splits.val.truth is not None and settings.reward_type == "bce" else 0
-    state = (len(field_dims) + numbers) * max(1, settings.state_window)
-    transition = 4 * (2 * state + 3 * settings.task_num + 1)  # bytes: numbers of 4 each
-    check_agent(actor, critic, settings.batch_size, settings.memory_size, transition, judged, device)
+    actor = network_size(lambda: get_model(
+        settings.actor_name, field_dims, numerical_num, settings.task_num, settings.expert_num, settings.embed_dim,
+        encoder=settings.encoder, window=settings.window, bottom_mlp_dims=widths[0], tower_mlp_dims=widths[1]),
+        field_dims, settings.embed_dim)
+    critic = network_size(lambda: make_critic(settings.resolved_critic_encoder, settings.window, field_dims,
+                                              numerical_num, settings.embed_dim, *widths),
+                          field_dims, settings.embed_dim)
+    val_rows = len(splits.val) if splits.val.ground_truth is not None and settings.reward_type == "bce" else 0
+    state = (len(field_dims) + numerical_num) * max(1, settings.state_context)
+    transition_bytes = 4 * (2 * state + 3 * settings.task_num + 1)
+    check_agent(actor, critic, settings.batch_size, settings.memory_size, transition_bytes, val_rows, device)
 
 
-def report(splits: Splits, settings: RLArguments, agent: DDPG_ESMM, last: dict[str, Any]) -> None:
+def print_critic_report(splits: Splits, reward_type: str, agent: DDPG_ESMM, last: Mapping[str, Any]) -> None:
     """Print how good the critics are on validation sessions, and what is possible where the truth is known."""
-    truth, ideal, possible = splits.val.truth, splits.val.best, None
-    if truth is not None and ideal is not None and settings.reward_type == "bce":
-        simulation = Size(**{name: splits.manifest["simulation"][name] for name in Size.__dataclass_fields__})
-        possible = expected_return(simulation, truth, agent.gamma)
-        sessions = MTEnv(splits.val).sessions
-        observed = discounted_returns(reward_of(ideal, sessions.labels, "bce"), sessions.starts, sessions.ends,
+    ground_truth, oracle, expected = splits.val.ground_truth, splits.val.oracle_probabilities, None
+    if ground_truth is not None and oracle is not None and reward_type == "bce":
+        simulation = config_from_manifest(splits.manifest["simulation"], Path("manifest.json"))
+        expected = expected_return(simulation, ground_truth, agent.gamma)
+        observed = discounted_returns(compute_reward(oracle, splits.val.labels, "bce"), splits.val.sessions,
                                       agent.gamma)
     for task in range(agent.task_num):
         line = (f"critic {task + 1} ({splits.task_names[task]}): held-out TD error {last[f'td_error_{task}']:.4f}, "
                 f"rank correlation of Q with the return {last[f'rank_correlation_{task}']:.3f}")
-        if possible is not None:
-            reached = rank_correlation(possible[:, task], observed[:, task])
-            line += f" (ideal predictions and their true expected return: {reached:.3f})"
-        print(line + f", zero outputs {last[f'zero_share_{task}']:.1%}")
+        if expected is not None:
+            oracle_correlation = rank_correlation(expected[:, task], observed[:, task])
+            line += f" (ideal predictions and their true expected return: {oracle_correlation:.3f})"
+        print(line + f", zero outputs {last[f'zero_fraction_{task}']:.1%}")
 
 
-@partial(exit_on_user_error, resumes=True)
-def _command() -> None:
+@partial(cli_entry_point, resumable=True)
+def cli() -> None:
     main(parse(RLArguments, __doc__ or ""))
 
 
 if __name__ == "__main__":
-    _command()
+    cli()

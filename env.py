@@ -17,8 +17,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
-from dataset.files import UserError, exit_on_user_error
-from dataset.rtrl import RetailRocketRLDataset, first_rows, load_splits
+from common.errors import UserError, cli_entry_point
+from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.sessions import window_rows
 from dataset.vocabulary import Catemapper
 
 RewardType = Literal["bce", "norm"]
@@ -28,7 +29,7 @@ ROUNDING = 1e-6  # of a wrapper that scales actions
 CLIP = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
 
 
-def reward_of(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType) -> Floats:
+def compute_reward(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType) -> Floats:
     """Reward of predictions `action` for `label`, both (..., T), each task by itself: (..., T), never positive."""
     if reward_type == "norm":
         return -np.abs(action - label).astype(np.float32)
@@ -46,8 +47,8 @@ def check_actions(actions: Any, shape: tuple[int, ...]) -> Floats:
     return given
 
 
-class Sessions:
-    """A mapped data set as states in rows, and where each session begins and ends. The memory of the environments."""
+class SessionTable:
+    """A mapped data set as states in rows, with its index of sessions. Shared by the environments over it."""
 
     def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType, is_seq: bool, window: int) -> None:
         if reward_type not in ("bce", "norm"):
@@ -58,11 +59,7 @@ class Sessions:
             raise UserError(f"a field has {max(self.field_dims):,} ids: states hold them as float32, which is exact up "
                             f"to {MAX_IDS:,}: name it in the manifest's 'long_tailed', or lower --feature_map_rate")
         self.states: Floats = np.hstack([dataset.categorical, dataset.numerical]).astype(np.float32)  # (n, F + N)
-        self.labels, self.session = dataset.labels, dataset.session
-        self.starts = np.flatnonzero(np.append(True, self.session[1:] != self.session[:-1]))  # (S,)
-        self.ends = np.append(self.starts[1:], len(self.session)) - 1  # (S,) last row of each session
-        self.longest = int((self.ends - self.starts).max()) + 1  # rows
-        self.first = first_rows(self.session)  # (n,)
+        self.labels, self.session, self.index = dataset.labels, dataset.session, dataset.sessions
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
 
         ids = np.array(self.field_dims, np.float32) - 1
@@ -81,11 +78,10 @@ class Sessions:
         far (E, window, F + N), the present one last; places before the session's start have ids of -1."""
         if not self.is_seq:
             return self.states[rows]
-        at = rows[:, None] - np.arange(self.window - 1, -1, -1)
-        seen = self.states[np.maximum(at, 0)]
-        before = at < self.first[rows][:, None]
-        seen[before] = np.append(np.full(len(self.field_dims), -1.0), np.zeros(self.numerical_num))
-        return seen
+        index, padding = window_rows(rows, self.index.row_start, self.window)
+        window = self.states[index]
+        window[padding] = np.append(np.full(len(self.field_dims), -1.0), np.zeros(self.numerical_num))
+        return window
 
 
 class MTEnv(gym.Env[Floats, Floats]):
@@ -107,7 +103,7 @@ class MTEnv(gym.Env[Floats, Floats]):
 
     def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType = "bce", is_test: bool = False,
                  is_seq: bool = False, window: int = 10) -> None:
-        self.sessions = Sessions(dataset, reward_type, is_seq, window)
+        self.sessions = SessionTable(dataset, reward_type, is_seq, window)
         self.is_test = is_test
         self.observation_space = self.sessions.observation_space
         self.action_space = self.sessions.action_space
@@ -117,14 +113,14 @@ class MTEnv(gym.Env[Floats, Floats]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Begin a session: `options={"session": k}` the k-th in time, else as `is_test` says."""
         super().reset(seed=seed)
-        count = len(self.sessions.starts)
+        count = len(self.sessions.index.starts)
         if options and "session" in options:
             self.episode = int(options["session"])
             if not 0 <= self.episode < count:
                 raise ValueError(f"there are sessions 0 to {count - 1}, not {self.episode}")
         else:
             self.episode = (self.episode + 1) % count if self.is_test else int(self.np_random.integers(count))
-        self.row = int(self.sessions.starts[self.episode])
+        self.row = int(self.sessions.index.starts[self.episode])
         return self._observe(), {"session": int(self.sessions.session[self.row])}
 
     def step(self, action: Floats) -> tuple[Floats, Floats, bool, bool, dict[str, Any]]:
@@ -136,16 +132,16 @@ class MTEnv(gym.Env[Floats, Floats]):
         assert self.row >= 0, "call reset first"
         label = self.sessions.labels[self.row].copy()
         action = check_actions(action, label.shape).copy()
-        reward = reward_of(action, label, self.sessions.reward_type)
+        reward = compute_reward(action, label, self.sessions.reward_type)
         info = {"label": label, "action": action, "session": int(self.sessions.session[self.row])}
-        terminated = self.row == self.sessions.ends[self.episode]
+        terminated = self.row == self.sessions.index.ends[self.episode]
         self.row += not terminated
         return self._observe(), reward, bool(terminated), False, info
 
     @property
     def num_sessions(self) -> int:
         """The episodes that there are."""
-        return len(self.sessions.starts)
+        return len(self.sessions.index.starts)
 
     def vector(self, num_envs: int, episodes: NDArray[np.int64] | None = None) -> MTVectorEnv:
         """The same sessions, `num_envs` at once."""
@@ -219,9 +215,9 @@ class MTVectorEnv(gym.vector.VectorEnv):
 
     metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
 
-    def __init__(self, sessions: Sessions, num_envs: int, episodes: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, sessions: SessionTable, num_envs: int, episodes: NDArray[np.int64] | None = None) -> None:
         self.sessions = sessions
-        self.episodes = np.arange(len(sessions.starts)) if episodes is None else episodes
+        self.episodes = np.arange(len(sessions.index.starts)) if episodes is None else episodes
         self.num_envs = min(num_envs, len(self.episodes))
         self.single_observation_space, self.single_action_space = sessions.observation_space, sessions.action_space
         self.observation_space = gym.vector.utils.batch_space(sessions.observation_space, self.num_envs)
@@ -232,21 +228,21 @@ class MTVectorEnv(gym.vector.VectorEnv):
               options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """Begin the first `num_envs` sessions."""
         self.episode = np.arange(self.num_envs)
-        self.row = self.sessions.starts[self.episodes[self.episode]]
+        self.row = self.sessions.index.starts[self.episodes[self.episode]]
         return self.sessions.observe(self.row), {"episode": self.episode.copy()}
 
     def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """One step of every lane: observations (E, ...), rewards (E, T), terminations and truncations (E,), infos."""
-        rows, episode, ends = self.row, self.episode, self.sessions.ends
+        rows, episode, ends = self.row, self.episode, self.sessions.index.ends
         labels = self.sessions.labels[rows]
         actions = check_actions(actions, labels.shape)
-        rewards = reward_of(actions, labels, self.sessions.reward_type)
+        rewards = compute_reward(actions, labels, self.sessions.reward_type)
         done = rows == ends[self.episodes[episode % len(self.episodes)]]
         self.row = rows + ~done
         infos = {"label": labels, "action": actions, "episode": episode, "final_obs": self.sessions.observe(self.row)}
         self.episode = episode.copy()
         self.episode[done] = episode.max() + 1 + np.arange(int(done.sum()))
-        self.row[done] = self.sessions.starts[self.episodes[self.episode[done] % len(self.episodes)]]
+        self.row[done] = self.sessions.index.starts[self.episodes[self.episode[done] % len(self.episodes)]]
         observations = self.sessions.observe(self.row)
         return observations, rewards, done, np.zeros(self.num_envs, bool), infos
 
@@ -256,12 +252,12 @@ if "RMTL/MTEnv-v0" not in gym.registry:
     gym.register("RMTL/MTEnv-v0", entry_point=f"{__name__}:MTEnv", disable_env_checker=True)
 
 
-@exit_on_user_error
-def _command() -> None:
+@cli_entry_point
+def cli() -> None:
     splits = load_splits(Path("dataset/rt"))
     env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)
-    print(f"{len(env.sessions.starts):,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
+    print(f"{len(env.sessions.index.starts):,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
           f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")
     action = env.sessions.labels.mean(axis=0)
     state, info = env.reset(seed=0)
@@ -277,4 +273,4 @@ def _command() -> None:
 
 
 if __name__ == "__main__":
-    _command()
+    cli()

@@ -16,29 +16,24 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 
 from agents.ReplayBuffer import ReplayBuffer, Transition
-from dataset.files import UserError
-from env import Floats, describe, to_action_space
-from layers import Critic, CriticNeg
-from layers.session import SessionCritic, SessionModel, inner_of, input_of, make_critic
-from train import world
-from train.Arguments import baseline_path
-from train.checkpoint import (
-    BOTTOM_MLP_DIMS,
-    TOWER_MLP_DIMS,
+from common import distributed
+from common.checkpoint import (
     check_metadata,
-    get_optim_param,
+    load_optimizer_state,
+    load_state_dict_strict,
     load_tensors,
     load_weights,
-    model_of,
-    put_weights,
-    save_model,
-    set_optim_param,
-    weights_digest,
+    state_dict_hash,
 )
-from train.numbers import FirstBad, bad_tensor
+from common.errors import UserError
+from common.finite import NonFiniteMonitor, first_nonfinite_tensor
+from common.run_dir import NETWORK_NAMES, baseline_path, network_path
+from env import Floats, describe, to_action_space
+from layers import Critic, CriticNeg, MultiTaskModel
+from layers.sequence import SequenceCritic, SequenceModel, make_critic
+from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_from_file, save_model
 
 Tensors = dict[str, Tensor]
-NETWORKS = ("pretrain_actor", "actor", "actor_target", "critic1", "critic2", "critic1_target", "critic2_target")
 
 
 class DDPG_ESMM:
@@ -51,16 +46,16 @@ class DDPG_ESMM:
             encoder `..._<actor_name>_<encoder>.pt`. The file says what it is; it has to fit the environment.
         gamma: discount of the next impression's reward.
         embed_dim, bottom_mlp_dims, tower_mlp_dims: sizes of actor and critics. Their defaults stand for the baseline's
-            own; a value that is neither is refused.
+            own; any other value raises.
         ou_noise_theta, ou_noise_gamma: mean and variance of the exploration noise (`select_action`).
         memory_size, batch_size: of the replay buffer, in transitions.
-        actor_reg: weight of the pull to the pretrained actor (BC).
-        tau, soft_update_freq: share by which targets follow, and after how many updates.
+        actor_reg: weight of the behavior-cloning penalty towards the pretrained actor.
+        tau, soft_update_freq: coefficient of Polyak averaging of the targets, and updates between two of them.
         actor_update_freq, init_training_step: the actor trains every so many updates, after so many.
         ips: weight the critics' losses by inverse propensities (`sample_weights`).
-        drop_out: share of hidden units dropped in training.
+        drop_out: dropout probability of hidden units.
         actor_lr, critic_lr: of Adam.
-        encoder, critic_encoder: what actor and critics see of the session (`layers.session`), or none.
+        encoder, critic_encoder: what actor and critics read of the session (`layers.sequence`), or none.
 
     Raises UserError where there is no baseline, or it does not fit: other data, ids, features or sizes.
     """
@@ -85,7 +80,7 @@ class DDPG_ESMM:
         self.state_shape, self.task_num = self.states.shape, self.states.task_num
         self.memory = ReplayBuffer(math.prod(self.state_shape), self.task_num, memory_size, batch_size, seed)
         self.rng = np.random.default_rng([seed, 7])
-        self._label_counts = np.zeros(0), 0  # of the memory's labels (2^T,), and memory.stored when they were counted
+        self._label_counts = np.zeros(0), 0  # counts (2^T,), and the buffer version they are of
 
         sizes = {"embed_dim": (embed_dim, 128), "bottom_mlp_dims": (list(bottom_mlp_dims), list(BOTTOM_MLP_DIMS)),
                  "tower_mlp_dims": (list(tower_mlp_dims), list(TOWER_MLP_DIMS))}
@@ -93,19 +88,19 @@ class DDPG_ESMM:
         saved = self._read_baseline(path, hint, actor_name, encoder, sizes)
         self.metadata = {name: value for name, value in saved.items()
                          if name not in ("weights", "catemapper", "settings")}
-        actor = model_of(saved, path, hint, drop_out).to(device)
+        actor = model_from_file(saved, path, hint, drop_out).to(device)
         self.pretrain_actor, self.actor, self.actor_target = actor, copy.deepcopy(actor), copy.deepcopy(actor)
         widths = saved["embed_dim"], saved["bottom_mlp_dims"], saved["tower_mlp_dims"]
         self.critic1, self.critic2 = (
             make_critic(self.critic_encoder, self.states.window, self.states.field_dims, self.states.numerical_num,
                         *widths, drop_out).to(device) for _ in range(2))
         for task, critic in enumerate((self.critic1, self.critic2)):
-            start_from_actor(critic, actor, task)
+            init_critic_from_actor(critic, actor, task)
         self.critic1_target, self.critic2_target = copy.deepcopy(self.critic1), copy.deepcopy(self.critic2)
         for frozen in (self.pretrain_actor, self.actor_target, self.critic1_target, self.critic2_target):
             frozen.eval().requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=actor_lr, fused=True)
-        self.watches = [FirstBad(device, 50) for _ in range(self.task_num)]  # of the critics' losses
+        self.nan_monitors = [NonFiniteMonitor(device, 50) for _ in range(self.task_num)]  # of the critics' losses
         self.critic1_optimizer = torch.optim.Adam(self.critic1.parameters(), lr=critic_lr, fused=True)
         self.critic2_optimizer = torch.optim.Adam(self.critic2.parameters(), lr=critic_lr, fused=True)
 
@@ -130,7 +125,7 @@ class DDPG_ESMM:
                 (self.critic2, self.critic2_target, self.critic2_optimizer)][: self.task_num]
 
     def networks(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in NETWORKS}
+        return {name: getattr(self, name) for name in NETWORK_NAMES}
 
     def select_action(self, state: ArrayLike, noise: bool = True) -> Floats:
         """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), within
@@ -145,7 +140,7 @@ class DDPG_ESMM:
     def predict(self, state: ArrayLike, noise: bool = False) -> Floats:
         """The same as predictions in [0, 1], whatever the environment's action space."""
         observed = np.asarray(state, np.float32)
-        categorical_x, numerical_x = self.split(torch.from_numpy(observed).to(self.device))
+        categorical_x, numerical_x = self.split_state(torch.from_numpy(observed).to(self.device))
         self.actor.eval()
         action: Floats = self.actor(categorical_x, numerical_x).cpu().numpy()
         if noise:
@@ -157,13 +152,13 @@ class DDPG_ESMM:
         """A sampled batch as tensors: states split into ids and numbers, the sample weights, the rest as it is."""
         tensors = {name: torch.from_numpy(value).to(self.device) for name, value in transition.items()}
         batch = {name: tensors[name] for name in ("action", "reward", "done", "label")}
-        batch["categorical_x"], batch["numerical_x"] = self.split(tensors["state"])
-        batch["next_categorical_x"], batch["next_numerical_x"] = self.split(tensors["next_state"])
+        batch["categorical_x"], batch["numerical_x"] = self.split_state(tensors["state"])
+        batch["next_categorical_x"], batch["next_numerical_x"] = self.split_state(tensors["next_state"])
         batch["weight"] = self.sample_weights(batch["label"]) if self.ips else torch.ones_like(batch["reward"])
         return batch
 
     def sample_weights(self, label: Tensor) -> Tensor:
-        """One weight a sample, (B, T): 1 / (K P(y)), P the share in the memory of samples with these very labels, of
+        """One weight a sample, (B, T): 1 / (K P(y)), P the fraction in the replay buffer of samples with these very labels, of
         which K kinds occur. All kinds count in total the same; the weights have mean 1."""
         counts = self.label_counts()
         shares = torch.from_numpy(counts / counts.sum()).to(label)
@@ -172,22 +167,22 @@ class DDPG_ESMM:
         return weight[:, None].expand_as(label)
 
     def label_counts(self) -> NDArray[np.float64]:
-        """How often each combination of labels is in the memory, (2^T,); combination sum_k y_k 2^k."""
+        """How often each combination of labels is in the replay buffer, (2^T,); combination sum_k y_k 2^k."""
         counts, stored = self._label_counts
-        if stored != self.memory.stored:
+        if stored != self.memory.total_added:
             labels = self.memory.data["label"][: self.memory.size]
             kinds = (labels @ 2 ** np.arange(self.task_num)).astype(np.int64)
             counts = np.bincount(kinds, minlength=2**self.task_num).astype(np.float64)
-            self._label_counts = counts, self.memory.stored
+            self._label_counts = counts, self.memory.total_added
         return counts
 
-    def prepare(self) -> None:
-        """Take from the memory, now that it is filled, what no update changes: nothing here."""
+    def fit_normalizer_and_cache(self) -> None:
+        """Take from the filled replay buffer what no update changes: nothing here."""
 
-    def sample(self) -> tuple[Tensors, float]:
-        """A batch from the memory, this process's share of it, and which share that is (1 where it is alone)."""
+    def sample_shard(self) -> tuple[Tensors, float]:
+        """A batch from the replay buffer, this process's shard of it, and which fraction that is (1 for a single process)."""
         batch = self.process_batch(self.memory.sample_batch())
-        tensors, part = world.share(list(batch.values()))
+        tensors, part = distributed.shard(list(batch.values()))
         return dict(zip(batch, tensors, strict=True)), part
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
@@ -218,37 +213,36 @@ class DDPG_ESMM:
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
     def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The actor's two losses: -mean(Q_1 + Q_2), and the pull to the pretrained actor, actor_reg
-        mean (a - a_pretrained)^2.
+        """The actor's two losses: -mean(Q_1 + Q_2), and the penalty actor_reg mean (a - a_pretrained)^2.
 
-        part: which share of the whole batch `transition` is.
+        part: which fraction of the whole batch `transition` is.
         """
         state = transition["categorical_x"], transition["numerical_x"]
         action = self.actor(*state)
         with torch.no_grad():
             pretrained = self.pretrain_actor(*state)
-        q = self._values(state, action)
+        q = self._q_values(state, action)
         return -q.sum(dim=0).mean(), self.actor_reg * F.mse_loss(action, pretrained)
 
-    def _values(self, state: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
+    def _q_values(self, state: tuple[Tensor, Tensor], action: Tensor) -> Tensor:
         """Q of each task's action (T, B)."""
         return torch.stack([critic(*state, action[:, task:task + 1])
                             for task, (critic, _, _) in enumerate(self.critics())])
 
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One DDPG update: both critics, then, after init_training_step, the actor. Returns the losses of critic 1 and
-        2 and of the actor, and its pull to the pretrained one."""
-        transition, part = self.sample()
+        2 and of the actor, and its penalty."""
+        transition, part = self.sample_shard()
         closses = self._update_critics(transition, part)
         aloss, aloss_reg = self._actor_losses(transition, part)
         if self.updates > self.init_training_step and self.updates % self.actor_update_freq == 0:
             self.actor_optimizer.zero_grad()
             (part * (aloss + aloss_reg)).backward()
-            world.sum_gradients(self.actor)
+            distributed.all_reduce_gradients(self.actor)
             self.actor_optimizer.step()
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
-        aloss, aloss_reg = world.total(part * torch.stack([aloss, aloss_reg]).detach())
+        aloss, aloss_reg = distributed.all_reduce_sum(part * torch.stack([aloss, aloss_reg]).detach())
         return closses[0], closses[-1], aloss, aloss_reg
 
     def _update_critics(self, transition: Tensors, part: float) -> Tensor:
@@ -256,19 +250,20 @@ class DDPG_ESMM:
         for task, (critic, target, optimizer) in enumerate(self.critics()):
             critic.train()
             closs = self.get_closs(task, critic, target, transition)
-            if bad := self.watches[task].see(self.updates + 1, closs):
-                raise self.diverged(f"the loss of critic{task + 1} (task {task}) is {float(closs.detach())}", bad[1])
+            if bad := self.nan_monitors[task].update(self.updates + 1, closs):
+                raise self.divergence_error(f"the loss of critic{task + 1} (task {task}) is {float(closs.detach())}",
+                                            bad[1])
             optimizer.zero_grad()
             (part * closs).backward()
-            world.sum_gradients(critic)
+            distributed.all_reduce_gradients(critic)
             optimizer.step()
             closses.append(closs.detach())
         self.updates += 1
-        return world.total(part * torch.stack(closses))
+        return distributed.all_reduce_sum(part * torch.stack(closses))
 
-    def diverged(self, what: str, update: int) -> UserError:
-        """The one line for a number that is none at an update; it names the tensor."""
-        tensor = bad_tensor(self.networks()) or "Q or the target, of finite weights"
+    def divergence_error(self, what: str, update: int) -> UserError:
+        """The error of a NaN at an update; it names the tensor."""
+        tensor = first_nonfinite_tensor(self.networks()) or "Q or the target, of finite weights"
         return UserError(f"{what} at update {update} (NaN or infinity in {tensor}): try a smaller --critic_lr; "
                          "the last good epoch is kept")
 
@@ -280,23 +275,21 @@ class DDPG_ESMM:
 
     def _target_soft_update(self, tau: float) -> None:
         """Move every target by tau towards its network."""
-        critics = [(critic, target) for critic, target, _ in self.critics()]
-        self._follow([(self.actor, self.actor_target), *critics], tau)
+        soft_update(self.actor_target, self.actor, tau)
+        self._soft_update_critics(tau)
 
-    @torch.no_grad()
-    def _follow(self, pairs: Sequence[tuple[nn.Module, nn.Module]], tau: float) -> None:
-        for network, target in pairs:
-            for follower, leader in zip(target.parameters(), network.parameters(), strict=True):
-                follower.lerp_(leader, tau)
+    def _soft_update_critics(self, tau: float) -> None:
+        for critic, target, _ in self.critics():
+            soft_update(target, critic, tau)
 
     def save_or_load_agent(self, cwd: str | Path, if_save: bool) -> None:
         """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
 
         Each says of which `agent` it is, so that networks of two runs, one stopped while it wrote, are told apart.
         """
-        paths = {name: Path(cwd) / f"{name}.pth" for name in self.networks()}
+        paths = {name: network_path(cwd, name) for name in self.networks()}
         hint = "train them anew: python3 RLmain.py"
-        agent = (weights_digest(*self.networks().values()) if if_save
+        agent = (state_dict_hash(*self.networks().values()) if if_save
                  else load_tensors(paths["pretrain_actor"], hint).get("agent"))
         metadata = {**self.metadata, "critic_encoder": self.critic_encoder,
                     "critic_window": 0 if self.critic_encoder == "none" else self.states.window, "agent": agent}
@@ -307,34 +300,41 @@ class DDPG_ESMM:
                 load_weights(paths[name], network, metadata, hint)
 
     def memory_metadata(self, init_episode: int) -> dict[str, Any]:
-        """What a replay memory is that this agent fills from its environment: one that differs is another."""
+        """The metadata of a replay buffer that this agent fills from its environment."""
         return {**self.states.metadata, "window": self.states.window if len(self.state_shape) > 1 else 0,
                 "reward_type": self.states.reward_type, "wrappers": self.states.wrappers,
-                "actor": weights_digest(self.pretrain_actor), "init_episode": init_episode,
+                "actor": state_dict_hash(self.pretrain_actor), "init_episode": init_episode,
                 "ou_noise_theta": self.noise_mean, "ou_noise_gamma": self.noise_variance,
                 "memory_size": self.memory.max_size, "seed": self.seed}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next update depends on, but for the memory and the random numbers."""
+        """All that the next update depends on, but for the replay buffer and the random numbers."""
         optimizers = {"actor": self.actor_optimizer, "critic1": self.critic1_optimizer,
                       "critic2": self.critic2_optimizer}
         return {"networks": {name: network.state_dict() for name, network in self.networks().items()},
-                "optimizers": {name: get_optim_param(one) for name, one in optimizers.items()},
+                "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 "updates": self.updates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, network in self.networks().items():
-            put_weights(network, state["networks"][name])
-        for name, tensors in state["optimizers"].items():
-            set_optim_param(getattr(self, f"{name}_optimizer"), tensors)
+            load_state_dict_strict(network, state["networks"][name])
+        for name, saved in state["optimizers"].items():
+            load_optimizer_state(getattr(self, f"{name}_optimizer"), saved)
         self.updates = state["updates"]
 
-    def split(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids (B, F) and numbers (B, N), of windows (B, W, F) and (B, W, N), of observations or of states as the memory
-        has them, (B, W (F + N))."""
+    def split_state(self, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (B, F) and numbers (B, N), of windows (B, W, F) and (B, W, N), of observations or of states as the
+        replay buffer has them, (B, W (F + N))."""
         state = state.reshape(-1, *self.state_shape)
-        fields = len(self.states.field_dims)
-        return state[..., :fields].long(), state[..., fields:]
+        num_fields = len(self.states.field_dims)
+        return state[..., :num_fields].long(), state[..., num_fields:]
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """Polyak averaging: theta_target <- (1 - tau) theta_target + tau theta, every parameter."""
+    for target_parameter, parameter in zip(target.parameters(), source.parameters(), strict=True):
+        target_parameter.lerp_(parameter, tau)
 
 
 def _hint(actor_name: str) -> str:
@@ -342,18 +342,17 @@ def _hint(actor_name: str) -> str:
 
 
 @torch.no_grad()
-def start_from_actor(critic: Critic, actor: nn.Module, task: int) -> None:
-    """Let a critic's embedding begin where the actor's stands; a single-task actor has one for each task. So does its
-    encoder of the session, if both have the same one. From an actor that reads its fields by other means than a
-    `FieldInput` of the same ids nothing is taken: the critic begins with its own."""
-    source = input_of(inner_of(actor), task)
+def init_critic_from_actor(critic: Critic, actor: nn.Module, task: int) -> None:
+    """Copy the actor's embedding of a task into a critic; and its encoder of the session, if both have the same one.
+    An actor without an input layer of the same ids leaves the critic as it is."""
+    source = actor.input_layer(task) if isinstance(actor, MultiTaskModel) else None
     if source is None:
         return
     critic.input.embedding.load_state_dict(source.embedding.state_dict())
-    mine, theirs = critic.input.numerical, source.numerical
-    both = min(mine.in_features, theirs.in_features)  # without the context where only one of them sees the session
-    mine.weight[:, :both] = theirs.weight[:, :both]
-    mine.bias.copy_(theirs.bias)
-    if (isinstance(critic, SessionCritic) and isinstance(actor, SessionModel)
+    dst, src = critic.input.numerical, source.numerical
+    shared_dim = min(dst.in_features, src.in_features)  # without the context where only one of them has an encoder
+    dst.weight[:, :shared_dim] = src.weight[:, :shared_dim]
+    dst.bias.copy_(src.bias)
+    if (isinstance(critic, SequenceCritic) and isinstance(actor, SequenceModel)
             and type(critic.encoder) is type(actor.encoder)):
         critic.encoder.load_state_dict(actor.encoder.state_dict())

@@ -11,12 +11,12 @@ from torch import Tensor
 from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
 from agents.ReplayBuffer import Transition
+from common import distributed
 from layers import Critic
-from train import world
 
-RECORD_FREQ = 50  # updates between two looks at the actor's losses, which train nothing here
-ROWS = 4096  # next states that the actor is asked about at once
-POLICY_NOISE, NOISE_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
+LOG_INTERVAL = 50  # updates between two evaluations of the actor's losses, which are not trained on
+INFERENCE_BATCH = 4096  # next states in one forward pass
+TARGET_SMOOTHING_SIGMA, TARGET_SMOOTHING_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
 
 
 class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
@@ -29,18 +29,19 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
     """
 
     trains_actor = False
-    recorded: tuple[Tensor, Tensor] | None = None  # the actor's losses
+    last_actor_losses: tuple[Tensor, Tensor] | None = None  # the actor's losses
     next_predictions: Tensor | None = None  # (memory.size, T) in every next state
-    seen = 0  # memory.stored when `prepare` last looked
+    cached_version = 0  # memory.total_added when `fit_normalizer_and_cache` last looked
 
-    def prepare(self) -> None:
-        """Take from the memory what no update changes: mean and standard deviation of the numbers, into all critics,
-        and the actor's predictions in every next state."""
-        states = np.array_split(self.memory.data["next_state"][: self.memory.size], -(-self.memory.size // ROWS))
+    def fit_normalizer_and_cache(self) -> None:
+        """Take from the replay buffer what no update changes: mean and standard deviation of the numbers, for all
+        critics, and the actor's predictions in every next state."""
+        chunks = np.array_split(self.memory.data["next_state"][: self.memory.size],
+                                -(-self.memory.size // INFERENCE_BATCH))
         with torch.no_grad():
-            self.next_predictions = torch.cat([self.actor_target(*self.split(torch.from_numpy(part).to(self.device)))
-                                               for part in states])
-        self.seen = self.memory.stored
+            self.next_predictions = torch.cat([
+                self.actor_target(*self.split_state(torch.from_numpy(chunk).to(self.device))) for chunk in chunks])
+        self.cached_version = self.memory.total_added
         numerical_num = self.states.numerical_num  # of the present impression: a state's last columns
         numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -numerical_num:])
         for critic, target, _ in self.critics():
@@ -49,14 +50,14 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
                 one.std[:numerical_num] = numbers.std(dim=0, correction=min(1, len(numbers) - 1)) + 1e-3
 
     def process_batch(self, transition: Transition) -> Tensors:
-        """As the parent, for critics that normalise: their mean and deviation are taken from the memory at the first
+        """As the parent, for critics that normalize: their mean and deviation are taken from the memory at the first
         batch, and again when it has grown by a tenth. For a batch of the memory as it was then the actor need not be
         asked about the next states."""
-        if self.memory.size and (not self.seen or self.memory.stored >= 1.1 * self.seen):
-            self.prepare()
+        if self.memory.size and (not self.cached_version or self.memory.total_added >= 1.1 * self.cached_version):
+            self.fit_normalizer_and_cache()
         batch = super().process_batch(transition)
         batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
-        if "index" in transition and self.seen == self.memory.stored and self.next_predictions is not None:
+        if "index" in transition and self.cached_version == self.memory.total_added and self.next_predictions is not None:
             batch["next_prediction"] = self.next_predictions[torch.from_numpy(transition["index"])]
         return batch
 
@@ -70,8 +71,8 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         """r + gamma (1 - done) min(Q_target(s', a'), Q(s', a')), (B,); a' = actor_target(s') + clipped noise."""
         state = transition["next_categorical_x"], transition["next_numerical_x"]
         action = self.next_prediction(transition)[:, critic_id:critic_id + 1]
-        noise = transition["noise"][:, critic_id:critic_id + 1] * POLICY_NOISE
-        action = (action + noise.clamp(-NOISE_CLIP, NOISE_CLIP)).clamp(0.0, 1.0)
+        noise = transition["noise"][:, critic_id:critic_id + 1] * TARGET_SMOOTHING_SIGMA
+        action = (action + noise.clamp(-TARGET_SMOOTHING_CLIP, TARGET_SMOOTHING_CLIP)).clamp(0.0, 1.0)
         was_training = critic.training
         next_q = torch.minimum(critic_target(*state, action), critic.eval()(*state, action))
         critic.train(was_training)
@@ -83,31 +84,31 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         aloss, aloss_reg = super().get_aloss(transition, part)
         with torch.no_grad():
             state = transition["categorical_x"], transition["numerical_x"]
-            size = world.total(part * self._values(state, transition["action"]).abs().mean())
+            size = distributed.all_reduce_sum(part * self._q_values(state, transition["action"]).abs().mean())
             scale = 1.0 / size.clamp(min=1e-6)
         return scale * aloss, aloss_reg
 
     def _target_soft_update(self, tau: float) -> None:
-        """The actor does not move, so only the critics' targets follow."""
-        self._follow([(critic, target) for critic, target, _ in self.critics()], tau)
+        """The actor is not trained, so only the critics' targets move."""
+        self._soft_update_critics(tau)
 
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One update of both critics. Returns their losses, and the actor's two losses as last recorded."""
-        transition, part = self.sample()
+        """One update of both critics. Returns their losses, and the actor's two losses as last last_actor_losses."""
+        transition, part = self.sample_shard()
         closses = self._update_critics(transition, part)
-        if self.updates % RECORD_FREQ == 1:
+        if self.updates % LOG_INTERVAL == 1:
             with torch.no_grad():
-                aloss, aloss_reg = world.total(part * torch.stack(self._actor_losses(transition, part)))
-                self.recorded = aloss, aloss_reg
-        assert self.recorded is not None
+                aloss, aloss_reg = distributed.all_reduce_sum(part * torch.stack(self._actor_losses(transition, part)))
+                self.last_actor_losses = aloss, aloss_reg
+        assert self.last_actor_losses is not None
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
-        return closses[0], closses[-1], *self.recorded
+        return closses[0], closses[-1], *self.last_actor_losses
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "recorded": [float(one) for one in self.recorded or ()]}
+        return {**super().state_dict(), "last_actor_losses": [float(one) for one in self.last_actor_losses or ()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        aloss, aloss_reg = (torch.tensor(one, device=self.device) for one in state["recorded"] or (0.0, 0.0))
-        self.recorded = aloss, aloss_reg
+        aloss, aloss_reg = (torch.tensor(one, device=self.device) for one in state["last_actor_losses"] or (0.0, 0.0))
+        self.last_actor_losses = aloss, aloss_reg

@@ -1,4 +1,4 @@
-"""The replay memory: [state, action, next_state, reward, done, label] of what the agent met."""
+"""The replay buffer: transitions [state, action, next_state, reward, done, label]."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dataset.files import UserError, atomic_file, open_sealed, seal
+from common.errors import UserError
+from common.fileio import append_checksum, atomic_file, open_verified
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
 VERSION = 2
-REMEDY = "run RLmain.py with --refill to fill a new one"
+HINT = "run RLmain.py with --refill to fill a new one"
 
 
 class ReplayBuffer:
-    """A ring of the last `size` transitions.
+    """A ring buffer of the last `size` transitions.
 
     Args:
         state_dim: S, length of a state.
@@ -37,16 +38,16 @@ class ReplayBuffer:
         widths = {"state": state_dim, "action": action_dim, "next_state": state_dim, "reward": action_dim,
                   "label": action_dim}
         # One row a transition, so that a batch is one gather; `data` names its columns.
-        self.rows: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
+        self.storage: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
         ends = np.cumsum(list(widths.values()))
-        self.columns = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
-        self.data = self._named(self.rows)
+        self.slices = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
+        self.data = self._split_columns(self.storage)
         self.max_size, self.batch_size = size, batch_size
-        self.next, self.size, self.stored = 0, 0, 0  # where the next one goes; how many there are; ever were
+        self.ptr, self.size, self.total_added = 0, 0, 0  # where the next one goes; how many there are; ever were
         self.reseed(seed)
 
     def reseed(self, *seed: int) -> None:
-        """From now on draw as this seed says."""
+        """Restart the random numbers of `sample_batch`."""
         self.rng = np.random.default_rng(list(seed))
 
     def store(self, state: Any, action: Any, next_state: Any = None, reward: Any = None, done: Any = None,
@@ -55,94 +56,94 @@ class ReplayBuffer:
 
         nstate: the next state by its published name.
 
-        Raises UserError where a number is none: it would come back as a loss that is none, much later. ValueError where
+        Raises UserError for NaN or infinity, which would become a NaN loss much later. ValueError where
         a part of the transition is missing, or of another width than the buffer's.
         """
         given = {"state": state, "action": action, "next_state": nstate if next_state is None else next_state,
                  "reward": reward, "label": label}
         missing = [name for name, value in {**given, "done": done}.items() if value is None]
         if missing:
-            raise ValueError(f"replay memory: a transition without '{missing[0]}'")
+            raise ValueError(f"replay buffer: a transition without '{missing[0]}'")
         rows = {name: np.atleast_2d(np.asarray(value, np.float32))[-self.max_size:] for name, value in given.items()}
         for name, value in rows.items():
             if value.shape[1] != self.data[name].shape[1]:
-                raise ValueError(f"replay memory: '{name}' has {value.shape[1]} numbers a transition, not "
+                raise ValueError(f"replay buffer: '{name}' has {value.shape[1]} numbers a transition, not "
                                  f"{self.data[name].shape[1]}")
             if not np.isfinite(value).all():
                 row, column = np.argwhere(~np.isfinite(value))[0]
                 where = f"column {column}" if name.endswith("state") else f"task {column}"
-                raise UserError(f"replay memory: the {name} of transition {self.stored + row}, {where}, is "
+                raise UserError(f"replay buffer: the {name} of transition {self.total_added + row}, {where}, is "
                                 f"{value[row, column]}: it is not stored, and nothing is trained on it")
         rows["done"] = np.atleast_1d(np.asarray(done, np.float32))[-self.max_size:]
         if len({len(value) for value in rows.values()}) > 1:
-            raise ValueError("replay memory: " + ", ".join(f"{len(value)} of '{name}'" for name, value in rows.items())
+            raise ValueError("replay buffer: " + ", ".join(f"{len(value)} of '{name}'" for name, value in rows.items())
                              + ": one of each is needed for every transition")
-        at = (self.next + np.arange(len(rows["done"]))) % self.max_size
+        at = (self.ptr + np.arange(len(rows["done"]))) % self.max_size
         for name, value in rows.items():
             self.data[name][at] = value
-        self.next = (self.next + len(at)) % self.max_size
+        self.ptr = (self.ptr + len(at)) % self.max_size
         self.size = min(self.size + len(at), self.max_size)
-        self.stored += len(at)
+        self.total_added += len(at)
 
     def sample_batch(self) -> Transition:
         """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly; "index" (B,) tells
         which they are."""
         if not self.size:
-            raise UserError("the replay memory is empty: fill it first, with train.run.one_iter_offline(agent) or with "
+            raise UserError("the replay buffer is empty: fill it first, with train.run.one_iter_offline(agent) or with "
                             "memory.store(...)")
         index = self.rng.choice(self.size, min(self.batch_size, self.size), replace=False, shuffle=False)
-        return {**self._named(self.rows[index]), "index": index}
+        return {**self._split_columns(self.storage[index]), "index": index}
 
     def clear(self) -> None:
         """Forget all transitions."""
-        self.next, self.size = 0, 0
+        self.ptr, self.size = 0, 0
 
-    def _named(self, rows: Floats) -> Transition:
-        return {**{name: rows[:, columns] for name, columns in self.columns.items()}, "done": rows[:, -1]}
+    def _split_columns(self, rows: Floats) -> Transition:
+        return {**{name: rows[:, columns] for name, columns in self.slices.items()}, "done": rows[:, -1]}
 
     def __len__(self) -> int:
         return self.size
 
-    def save(self, path: str | Path, identity: Mapping[str, Any]) -> None:
-        """Write `.npz`, with what the memory is (data, reward type, actor, ...) and its checksum."""
+    def save(self, path: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Write `.npz`, with its metadata (data, reward type, actor, ...) and its checksum."""
         path = Path(path)
         stored = {name: values[: self.size] for name, values in self.data.items()}
-        text = json.dumps({"version": VERSION, "next": self.next, **identity})
+        text = json.dumps({"version": VERSION, "next": self.ptr, **metadata})
         with atomic_file(path) as partial:
             with open(partial, "wb") as file:
                 np.savez(file, identity=np.frombuffer(text.encode(), np.uint8), **stored)  # type: ignore[arg-type]
-            seal(partial)
+            append_checksum(partial)
 
-    def load(self, path: str | Path, identity: Mapping[str, Any]) -> None:
-        """Read what `save` wrote. Raises UserError where it is damaged or of another identity, saying in what."""
+    def load(self, path: str | Path, metadata: Mapping[str, Any]) -> None:
+        """Read what `save` wrote. Raises UserError where it is damaged or has other metadata."""
         path = Path(path)
-        with open_sealed(path, REMEDY) as file, zipfile.ZipFile(file) as archive:
+        with open_verified(path, HINT) as file, zipfile.ZipFile(file) as archive:
             try:
-                saved = json.loads(_array(archive, "identity", np.dtype(np.uint8)).tobytes())
-                stored = {name: _array(archive, name, np.dtype(np.float32)) for name in self.data}
+                saved = json.loads(_read_npy_member(archive, "identity", np.dtype(np.uint8)).tobytes())
+                stored = {name: _read_npy_member(archive, name, np.dtype(np.float32)) for name in self.data}
             except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 reason = type(error).__name__
-                raise UserError(f"{path}: not a replay memory that can be read ({reason}): {REMEDY}") from error
+                raise UserError(f"{path}: not a replay buffer that can be read ({reason}): {HINT}") from error
         saved = saved if isinstance(saved, dict) else {}
-        for name, value in {"version": VERSION, **identity}.items():
+        for name, value in {"version": VERSION, **metadata}.items():
             if saved.get(name) != value:
                 what = "data set" if name == "data" else name.replace("_", " ")
-                raise UserError(f"{path}: a memory of another {what} ({saved.get(name)}, not {value}): {REMEDY}, or "
+                raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}: {HINT}, or "
                                 "keep both: --memory_path=FILE")
-        count, following = stored["done"].size, saved.get("next")
+        count, ptr = stored["done"].size, saved.get("next")
         for name, values in stored.items():
             if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():
-                raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {REMEDY}")
-        if not 0 < count <= self.max_size or not isinstance(following, int) or not 0 <= following <= count:
-            raise UserError(f"{path}: {count} transitions, the next one at {following!r}, but the memory holds 1 to "
-                            f"{self.max_size}: {REMEDY}")
+                raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {HINT}")
+        if not 0 < count <= self.max_size or not isinstance(ptr, int) or not 0 <= ptr <= count:
+            raise UserError(f"{path}: {count} transitions, the next one at {ptr!r}, but the buffer holds 1 to "
+                            f"{self.max_size}: {HINT}")
         for name, values in stored.items():
             self.data[name][:count] = values
-        self.size, self.next = count, following % self.max_size
-        self.stored += count
+        self.size, self.ptr = count, ptr % self.max_size
+        self.total_added += count
 
 
-def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+def _read_npy_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Read an array of a `.npz`. Raises ValueError where it is of another type, or other than its header says: numpy
     would make room for what the header says first."""
     raw = archive.read(f"{name}.npy")

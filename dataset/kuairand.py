@@ -23,10 +23,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import Kind, UserError, one_spelling, read_table
-from dataset.mdp import NEVER, Line, SideTable, Tables, check_sizes, read_with_progress
+from common.csv_reader import ColumnType, normalize_category, read_table
+from common.errors import UserError
+from dataset.tables import NO_EVENT_MS, CountRow, FeatureTable, PreparedDataset, read_with_progress, require_memory_for
 
-LOG_KINDS: dict[str, Kind] = {"user_id": "id", "video_id": "id", "time_ms": "id", "is_click": "label",
+LOG_SCHEMA: dict[str, ColumnType] = {"user_id": "id", "video_id": "id", "time_ms": "id", "is_click": "label",
                               "long_view": "label", "play_time_ms": "id", "tab": "optional_text"}
 USER_FIELDS = ("user_active_degree", "is_lowactive_period", "is_live_streamer", "is_video_author",
                "follow_user_num_range", "fans_user_num_range", "friend_user_num_range", "register_days_range",
@@ -35,29 +36,29 @@ VIDEO_FIELDS = ("author_id", "video_type", "upload_type", "music_id", "music_typ
 DURATION = "video_duration"  # ms; becomes a field of powers of two
 LONG_TAILED = ("video_id", "author_id", "music_id")
 TASKS = ({"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "long_view"})
-SESSION_ROWS = 1
+MIN_SESSION_ROWS = 1
 LOG_BYTES = 8.0  # of memory a byte of CSV: 7.3 and 7.7 were measured, of 600,000 and 200,000 rows
 
 
-def read(raw: Path, session_gap: float, min_session: int) -> Tables:
+def load_raw(raw: Path, session_gap: float, min_session: int) -> PreparedDataset:
     """Read the folder `raw` of log_standard_*.csv, user_features_*.csv and video_features_basic_*.csv (may be .gz).
 
     Raises UserError where a file is missing or a cell is bad (named by file, line and column).
     """
     logs, users, videos = (_find(raw, stem) for stem in ("log_standard", "user_features", "video_features_basic"))
-    check_sizes(dict.fromkeys([*logs, *users, *videos], LOG_BYTES))
-    table, cuts, account = _rows(_read_log(logs), session_gap, min_session)
-    user_table, user_account = _side(users, "user_id", "userid", USER_FIELDS, np.unique(table["userid"]), "users")
-    video_table, video_account = _side(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION),
+    require_memory_for(dict.fromkeys([*logs, *users, *videos], LOG_BYTES))
+    table, split_offsets, row_counts = _rows(_read_log(logs), session_gap, min_session)
+    user_table, user_account = _load_feature_table(users, "user_id", "userid", USER_FIELDS, np.unique(table["userid"]), "users")
+    video_table, video_account = _load_feature_table(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION),
                                        np.unique(table["itemid"]), "videos")
-    video_table[DURATION], unknown = _powers_of_two(video_table[DURATION])
-    video_account.append(Line(f"{DURATION} that is no number of 0 or more: left empty", unknown))
+    video_table[DURATION], unknown = _log2_bucket(video_table[DURATION])
+    video_account.append(CountRow(f"{DURATION} that is no number of 0 or more: left empty", unknown))
     video_table.insert(1, "video_id", video_table["itemid"].astype(str))  # the video itself is a field as well
-    return Tables(
-        source="KuaiRand", rows=table, cuts=cuts, boundary=int(table["timestamp"].iloc[cuts[1]:cuts[2]].min()),
-        account=[*account, *user_account, *video_account], inputs=[*logs, *users, *videos],
-        sides={"user_feadf.csv": SideTable("userid", user_table), "item_feadf.csv": SideTable("itemid", video_table)},
-        context=["tab"], history="userid", long_tailed=list(LONG_TAILED), tasks=list(TASKS))
+    return PreparedDataset(
+        source="KuaiRand", rows=table, split_offsets=split_offsets, train_end_ms=int(table["timestamp"].iloc[split_offsets[1]:split_offsets[2]].min()),
+        row_counts=[*row_counts, *user_account, *video_account], inputs=[*logs, *users, *videos],
+        feature_tables={"user_feadf.csv": FeatureTable("userid", user_table), "item_feadf.csv": FeatureTable("itemid", video_table)},
+        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), tasks=list(TASKS))
 
 
 def _find(raw: Path, stem: str) -> list[Path]:
@@ -69,13 +70,13 @@ def _find(raw: Path, stem: str) -> list[Path]:
 
 
 def _read_log(paths: list[Path]) -> pd.DataFrame:
-    log = pd.concat([chunk for path in paths for chunk in read_with_progress(path, LOG_KINDS)], ignore_index=True)
+    log = pd.concat([chunk for path in paths for chunk in read_with_progress(path, LOG_SCHEMA)], ignore_index=True)
     if log.empty:
         raise UserError(f"{paths[0]}: no rows below the header: is it the right file?")
     return log
 
 
-def _rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[int], list[Line]]:
+def _rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[int], list[CountRow]]:
     """Steps 2 to 5: the MDP rows by split, session start, session, time; the cuts; and the account."""
     keys = ["time_ms", "user_id", "video_id"]
     order = np.lexsort((log["tab"], -log["is_click"], -log["long_view"], -log["play_time_ms"], log["video_id"],
@@ -100,55 +101,55 @@ def _rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.D
     table = pd.DataFrame({
         "timestamp": time, "sessionid": session, "userid": user, "itemid": rows["video_id"], "tab": rows["tab"],
         "click": click.astype(np.int8), "long_view": long_view.astype(np.int8),
-        "click_time": np.where(click, time, NEVER),
-        "long_view_time": np.where(long_view, time + rows["play_time_ms"].to_numpy(), NEVER),
-        "number": session, "split": split})
+        "click_time": np.where(click, time, NO_EVENT_MS),
+        "long_view_time": np.where(long_view, time + rows["play_time_ms"].to_numpy(), NO_EVENT_MS),
+        "session_index": session, "split": split})
     kept = np.bincount(session)[session] >= min_session
-    start = np.full(session.max() + 1, NEVER)
+    start = np.full(session.max() + 1, NO_EVENT_MS)
     np.minimum.at(start, session, time)
     final = np.lexsort((np.arange(len(rows)), session, start[session], split))
     table = table.iloc[final[kept[final]]].reset_index(drop=True)
-    cuts = [0, *np.searchsorted(table["split"], [1, 2]).tolist(), len(table)]
-    if not cuts[0] < cuts[1] < cuts[2] < cuts[3]:
+    split_offsets = [0, *np.searchsorted(table["split"], [1, 2]).tolist(), len(table)]
+    if not split_offsets[0] < split_offsets[1] < split_offsets[2] < split_offsets[3]:
         raise UserError(f"the {len(table):,} rows that are left cannot be cut 6:2:2 into train, val and test: more of "
                         "the log is needed")
-    account = [
-        Line("rows read", len(log), 0),
-        Line("dropped: same user, video and time as another", int(repeated.sum())),
-        Line(f"dropped: in sessions of fewer than {min_session} rows", int((~kept).sum())),
-        Line("kept: rows", len(table)),
-        Line("long views without a click, which count as neither",
+    row_counts = [
+        CountRow("rows read", len(log), 0),
+        CountRow("dropped: same user, video and time as another", int(repeated.sum())),
+        CountRow(f"dropped: in sessions of fewer than {min_session} rows", int((~kept).sum())),
+        CountRow("kept: rows", len(table)),
+        CountRow("long views without a click, which count as neither",
              int((~click & (rows["long_view"].to_numpy() > 0)).sum()), 2),
     ]
-    return table, cuts, account
+    return table, split_offsets, row_counts
 
 
-def _side(paths: list[Path], key: str, name: str, fields: tuple[str, ...], met: NDArray[np.int64],
-          what: str) -> tuple[pd.DataFrame, list[Line]]:
+def _load_feature_table(paths: list[Path], key: str, name: str, fields: tuple[str, ...], met: NDArray[np.int64],
+          what: str) -> tuple[pd.DataFrame, list[CountRow]]:
     """Step 7: the fields of those who are met in the rows; and the account."""
     whole = pd.concat([read_table(path, {key: "id", **dict.fromkeys(fields, "optional_text")}) for path in paths],
                       ignore_index=True)
     twice = whole[key].duplicated()
     known = whole[~twice].set_index(key)
     table = known.reindex(index=met, columns=list(fields)).astype(object).fillna("")
-    spelled = table.apply(_spelled)
-    account = [
-        Line(f"{what} in the table", len(whole), 0),
-        Line("dropped: listed before", int(twice.sum())),
-        Line(f"dropped: {what} of no row", int((~known.index.isin(met)).sum())),
-        Line("kept", int(np.isin(met, known.index).sum())),
-        Line(f"{what} of rows that the table does not list", int((~np.isin(met, known.index)).sum())),
-        Line("values written without blanks around them, or as 12 for 12.0", int((spelled != table).to_numpy().sum())),
+    spelled = table.apply(_normalize_column)
+    row_counts = [
+        CountRow(f"{what} in the table", len(whole), 0),
+        CountRow("dropped: listed before", int(twice.sum())),
+        CountRow(f"dropped: {what} of no row", int((~known.index.isin(met)).sum())),
+        CountRow("kept", int(np.isin(met, known.index).sum())),
+        CountRow(f"{what} of rows that the table does not list", int((~np.isin(met, known.index)).sum())),
+        CountRow("values written without blanks around them, or as 12 for 12.0", int((spelled != table).to_numpy().sum())),
     ]
-    return spelled.rename_axis(name).reset_index(), account
+    return spelled.rename_axis(name).reset_index(), row_counts
 
 
-def _spelled(column: pd.Series) -> pd.Series:
+def _normalize_column(column: pd.Series) -> pd.Series:
     codes, values = pd.factorize(column)
-    return pd.Series(np.array([one_spelling(value) for value in values], object)[codes], index=column.index)
+    return pd.Series(np.array([normalize_category(value) for value in values], object)[codes], index=column.index)
 
 
-def _powers_of_two(milliseconds: pd.Series) -> tuple[pd.Series, int]:
+def _log2_bucket(milliseconds: pd.Series) -> tuple[pd.Series, int]:
     """Durations as the largest power of two in their seconds: "16" for 16 to 31 s; what is no number, or below 0, or
     longer than a year, becomes empty. And how many of these said something."""
     seconds = pd.to_numeric(milliseconds, errors="coerce").to_numpy(np.float64) / 1000.0

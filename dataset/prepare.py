@@ -15,11 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import UserError, cli_entry_point
+from common.fileio import check_writable, exclusive_lock
 from dataset import kuairand, retailrocket
-from dataset.files import UserError, check_writable, exit_on_user_error, only_run
-from dataset.mdp import print_account, write
+from dataset.tables import print_row_counts, write_dataset
 
-SOURCES = {"retailrocket": retailrocket, "kuairand": kuairand}
+IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
 
 def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int | None = None,
@@ -36,39 +37,39 @@ def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int | N
     Raises:
         UserError: a file is missing or a cell is bad (named by file, line and column), or `out` exists.
     """
-    if source not in SOURCES:
-        raise UserError(f"--source: unknown '{source}': one of {', '.join(SOURCES)}")
-    min_session = SOURCES[source].SESSION_ROWS if min_session is None else min_session
+    if source not in IMPORTERS:
+        raise UserError(f"--source: unknown '{source}': one of {', '.join(IMPORTERS)}")
+    min_session = IMPORTERS[source].MIN_SESSION_ROWS if min_session is None else min_session
     if session_gap < 0 or not np.isfinite(session_gap) or min_session < 1:
         raise UserError("--session_gap is minutes, 0 or more; --min_session is 1 or more")
     if not raw.is_dir():
         raise UserError(f"{raw}: no such folder: --raw takes the folder that holds the raw files")
-    with only_run(out):
+    with exclusive_lock(out):
         if out.exists():
             raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
         check_writable(out.parent)
-        tables = SOURCES[source].read(raw, session_gap, min_session)
-        print_account(tables)
-        write(tables, out, {"session_gap": session_gap, "min_session": min_session})
+        tables = IMPORTERS[source].load_raw(raw, session_gap, min_session)
+        print_row_counts(tables)
+        write_dataset(tables, out, {"session_gap": session_gap, "min_session": min_session})
 
 
-@exit_on_user_error
-def _command() -> None:
+@cli_entry_point
+def cli() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m dataset.prepare",
                                      description="Turn raw logs into MDP tables.")
     parser.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, for example dataset/rt")
     parser.add_argument("--source", default="retailrocket", metavar="NAME",
-                        help=f"whose layout the raw files have: {', '.join(SOURCES)} (default %(default)s)")
+                        help=f"whose layout the raw files have: {', '.join(IMPORTERS)} (default %(default)s)")
     parser.add_argument("--session_gap", type=float, default=0.0, metavar="MINUTES",
                         help="end a session after so many minutes without an event (default 0: a session is a visitor)")
     parser.add_argument("--min_session", type=int, default=None, metavar="ROWS",
                         help="drop sessions of fewer rows (default: " + ", ".join(
-                            f"{name} {module.SESSION_ROWS}" for name, module in SOURCES.items()) + ")")
+                            f"{name} {module.MIN_SESSION_ROWS}" for name, module in IMPORTERS.items()) + ")")
     args = parser.parse_args()
     prepare(args.raw, args.out, args.session_gap, args.min_session, args.source)
     print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
-    _command()
+    cli()

@@ -31,17 +31,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dataset.files import (
-    Kind,
-    UserError,
-    atomic_folder,
-    check_memory,
-    check_writable,
-    exit_on_user_error,
-    only_run,
-    read_table,
-    write_json,
-)
+from common.csv_reader import ColumnType, read_table
+from common.errors import UserError, cli_entry_point
+from common.fileio import atomic_folder, check_writable, exclusive_lock, require_free_memory, write_json
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -71,7 +63,7 @@ PROPERTIES: dict[str, tuple[int, float, float]] = {
 MOST = 1_000_000_000
 UNAVAILABLE = -2.5  # on worth, where available is 0
 # Columns of truth.csv, one row an impression: p_click and p_pay, and the visitor's hidden state before it.
-TRUTH_KINDS: dict[str, Kind] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
+TRUTH_KINDS: dict[str, ColumnType] = {"timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number",
                                 "p_pay": "number", "intent": "number", "mood": "number", "category": "id",
                                 "position": "id"}
 # Of memory, each, at the most: 310 an event and 116 a property row were measured; an item has its state of every week.
@@ -80,7 +72,7 @@ FILLERS = ("790", "888", "283", "6", "202", "159", "112", "678")
 
 
 @dataclass(frozen=True)
-class Size:
+class SimulationConfig:
     """How much to simulate. Everything follows from it, bit for bit."""
 
     events: int = 300_000
@@ -128,10 +120,10 @@ class Impressions:
 class Shop:
     """The catalogue and the law of behaviour; `step` moves visitors on, and only reads the shop."""
 
-    def __init__(self, size: Size) -> None:
+    def __init__(self, size: SimulationConfig) -> None:
         self.size = size
         rng = np.random.default_rng([size.seed, 1])
-        self.categories = categories_of(size)
+        self.categories = num_categories(size)
         tail = max(50, size.items // 15)
         # Category by category, each with its popular items first in the cumulative weights.
         self.category = np.sort(_zipf(rng, self.categories, size.items, 0.9))  # (I,)
@@ -208,13 +200,13 @@ class Shop:
         return np.minimum(np.searchsorted(self.cumulative, at, side="right") - 1, self.size.items - 1)
 
 
-def simulate(out: Path, size: Size) -> None:
+def simulate(out: Path, size: SimulationConfig) -> None:
     """Write a raw log into the folder `out`, which must not exist. Raises UserError."""
-    with only_run(out):
+    with exclusive_lock(out):
         if out.exists():
             raise UserError(f"{out} exists already: choose another --out, or remove it first")
         check_writable(out.parent)
-        check_memory(sum(getattr(size, name) * count for name, count in BYTES.items()),
+        require_free_memory(sum(getattr(size, name) * count for name, count in BYTES.items()),
                      f"a simulated log of {size.events:,} events and {size.property_rows:,} property rows")
         _write(Shop(size), out)
 
@@ -232,22 +224,22 @@ def _write(shop: Shop, out: Path) -> None:
         write_json(folder / "simulation.json", {"simulated": True, **asdict(shop.size)})
 
 
-def size_of(simulation: Any, file: Path) -> Size:
+def config_from_manifest(simulation: Any, file: Path) -> SimulationConfig:
     """The settings of a simulated log, of which `file` says that they are `simulation`. Raises UserError."""
-    names = Size.__dataclass_fields__
+    names = SimulationConfig.__dataclass_fields__
     if not isinstance(simulation, dict) or any(type(simulation.get(name)) is not int for name in names):
         raise UserError(f"{file}: not the settings of a simulated log: {', '.join(names)}, whole numbers each")
     try:
-        return Size(**{name: simulation[name] for name in names})
+        return SimulationConfig(**{name: simulation[name] for name in names})
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 
 
-def read_truth(path: Path, size: Size, optional: Sequence[str] = ()) -> pd.DataFrame:
+def read_truth(path: Path, size: SimulationConfig, optional: Sequence[str] = ()) -> pd.DataFrame:
     """Read truth.csv of a log of that size. Raises UserError naming line and column where a value cannot be."""
     truth = read_table(path, TRUTH_KINDS, optional)
     rows = {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
-            "category": (0, categories_of(size) - 1), "position": (1, LONGEST), "itemid": (1, 2 * size.items)}
+            "category": (0, num_categories(size) - 1), "position": (1, LONGEST), "itemid": (1, 2 * size.items)}
     for name, (low, high) in rows.items():
         bad = ~truth[name].between(low, high).to_numpy()
         if bad.any():
@@ -257,11 +249,11 @@ def read_truth(path: Path, size: Size, optional: Sequence[str] = ()) -> pd.DataF
     return truth
 
 
-def categories_of(size: Size) -> int:
+def num_categories(size: SimulationConfig) -> int:
     return max(20, min(1_200, size.items // 100))
 
 
-def expected_return(size: Size, truth: pd.DataFrame, gamma: float, rollouts: int = 64) -> Floats:
+def expected_return(size: SimulationConfig, truth: pd.DataFrame, gamma: float, rollouts: int = 64) -> Floats:
     """The true expected discounted return of ideal predictions in the rows `truth` (n,): (n, 2), clicks and purchases.
 
     The actions are the true probabilities, the reward minus the cross-entropy. It is the mean over `rollouts` futures
@@ -420,11 +412,11 @@ def _sigmoid(x: Floats) -> Floats:
     return 1.0 / (1.0 + np.exp(-x))
 
 
-@exit_on_user_error
-def _command() -> None:
+@cli_entry_point
+def cli() -> None:
     parser = argparse.ArgumentParser(prog="python3 -m dataset.simulate",
                                      description="Write a simulated shopping log in the raw RetailRocket layout.")
-    default = Size()
+    default = SimulationConfig()
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
     parser.add_argument("--events", type=int, default=default.events, help="events, about (default %(default)s)")
     parser.add_argument("--items", type=int, default=default.items, help="items in the catalogue (default %(default)s)")
@@ -432,9 +424,9 @@ def _command() -> None:
                         help="rows of item properties, at least those that are used (default %(default)s)")
     parser.add_argument("--seed", type=int, default=default.seed, help="same seed, same files (default %(default)s)")
     args = parser.parse_args()
-    simulate(args.out, Size(args.events, args.items, args.property_rows, args.seed))
+    simulate(args.out, SimulationConfig(args.events, args.items, args.property_rows, args.seed))
     print(f"wrote a simulated log to {args.out}")
 
 
 if __name__ == "__main__":
-    _command()
+    cli()

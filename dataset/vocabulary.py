@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from dataset.files import UserError, read_json, write_json
+from common.errors import UserError
+from common.fileio import read_json, write_json
 from dataset.rtrl import RetailRocketRLDataset, Splits
 
 MANY_VALUES = 100  # a field with more is long-tailed, where the data set does not say which are
@@ -105,7 +106,7 @@ class Catemapper:
         return cls.from_state_dict(read_json(Path(path)), path)
 
 
-def map_splits(splits: Splits, threshold: float) -> Catemapper:
+def encode_splits(splits: Splits, threshold: float) -> Catemapper:
     """Fit a mapping on the training split, and give all three splits their ids."""
     catemapper = Catemapper(threshold).fit(splits.train)
     for split in (splits.train, splits.val, splits.test):

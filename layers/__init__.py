@@ -1,9 +1,10 @@
-"""The building blocks: embeddings and perceptrons (`layers`), the critics (`critic`), the actor (`esmm`), and what lets
-any of them see the session (`session`)."""
+"""Building blocks: embeddings and perceptrons (`layers`), the parent of the models (`base`), the actor (`esmm`), the
+critics (`critic`), encoders of the session (`sequence`), and fast operations (`ops`)."""
 
+from layers.base import MultiTaskModel
 from layers.critic import Critic, CriticNeg
 from layers.esmm import ESMM
-from layers.layers import EmbeddingLayer, Experts, FieldInput, Fields, Gate, MultiLayerPerceptron, MultiTaskModel
+from layers.layers import EmbeddingLayer, Experts, FeatureEmbedding, Gate, LazyConcat, MultiLayerPerceptron
 
-__all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FieldInput", "Fields", "Gate",
+__all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FeatureEmbedding", "Gate", "LazyConcat",
            "MultiLayerPerceptron", "MultiTaskModel"]

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from layers.kernels import relu_dropout
-from layers.layers import FieldInput, MultiLayerPerceptron, linear
+from layers.layers import FeatureEmbedding, MultiLayerPerceptron, linear
+from layers.ops import relu_dropout
 
 
 class Critic(nn.Module):
-    """Fields, numbers and the action, each embedded, through a bottom and a tower to one score.
+    """Fields, numbers and the action, each embedded, through a bottom and a tower to one number.
 
     The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + (W_a B) a + W_a c, and
-    a is one number. Numbers are normalised first: (n - mean) / std, two buffers that an agent may set (0 and 1 at
+    a is one number. Numbers are normalized first: (n - mean) / std, two buffers that an agent may set (0 and 1 at
     first).
 
     Args:
@@ -28,10 +28,12 @@ class Critic(nn.Module):
         dropout: share of hidden units dropped in training.
     """
 
+    window = 0  # impressions of the session that the critic reads; 0: the current one alone
+
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
         super().__init__()
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.zeros(numerical_num))
@@ -42,12 +44,12 @@ class Critic(nn.Module):
         self.bottom = MultiLayerPerceptron(bottom_mlp_dims[0], bottom_mlp_dims[1:], dropout, output_layer=False)
         self.tower = MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
 
-    def score(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
+    def pre_activation(self, categorical_x: Tensor, numerical_x: Tensor, action: Tensor) -> Tensor:
         """The last pre-activation (B,)."""
-        of_state, of_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
-        bias = self.first.bias + of_action @ self.action.bias
-        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), of_state, bias)
-        h = h + action * (of_action @ self.action.weight).T  # (B, H)
+        w_state, w_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
+        bias = self.first.bias + w_action @ self.action.bias
+        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), w_state, bias)
+        h = h + action * (w_action @ self.action.weight).T  # (B, H)
         h = relu_dropout(h, self.dropout, self.training)
         if len(self.bottom.hidden):
             h = self.bottom(h)
@@ -64,14 +66,14 @@ class Critic(nn.Module):
         if tuple(action.shape) not in ((rows,), (rows, 1)):
             raise ValueError(f"action: shape {tuple(action.shape)}, but one action for each of {rows} rows is needed: "
                              f"({rows},) or ({rows}, 1)")
-        return self.q(self.score(categorical_x, numerical_x, action.reshape(rows, 1)))
+        return self.q(self.pre_activation(categorical_x, numerical_x, action.reshape(rows, 1)))
 
-    def q(self, score: Tensor) -> Tensor:
+    def q(self, pre_activation: Tensor) -> Tensor:
         """What the last pre-activation (B,) says of Q (B,)."""
-        return score
+        return pre_activation
 
 
-class _NonPositive(torch.autograd.Function):
+class NegReLU(torch.autograd.Function):
     """-ReLU(z), with the gradient of the projection onto Q <= 0 (Rosen 1960).
 
     Where z < 0, and so Q = 0, the gradient of a loss that asks for a lower Q passes, as if Q were -z, and leads z back;
@@ -85,15 +87,15 @@ class _NonPositive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (z,), (of_q,) = ctx.saved_tensors, gradients
-        return torch.where((z > 0) | (of_q > 0), -of_q, 0)
+        (z,), (grad_q,) = ctx.saved_tensors, gradients
+        return torch.where((z > 0) | (grad_q > 0), -grad_q, 0)
 
 
 class CriticNeg(Critic):
-    """A critic of rewards that are never positive: Q = -ReLU(score) <= 0.
+    """A critic of rewards that are never positive: Q = -ReLU(z) <= 0.
 
     The ReLU's own gradient would leave a critic whose scores are all negative at Q = 0 for good: dead. Here targets
-    below 0 lead it back. The last bias starts on the live side all the same; `zero_share` tells how much is 0.
+    below 0 lead it back. The last bias starts on the live side all the same; `zero_fraction` tells how much is 0.
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -102,7 +104,7 @@ class CriticNeg(Critic):
         assert self.tower.output is not None
         nn.init.ones_(self.tower.output.bias)
 
-    def revive(self) -> None:
+    def reset_head(self) -> None:
         """Draw the layers above the embeddings anew, the last bias on the live side of the ReLU."""
         assert self.tower.output is not None
         for layer in (self.first, *self.bottom.hidden, *self.tower.hidden, self.tower.output):
@@ -110,11 +112,11 @@ class CriticNeg(Critic):
             layer.reset_parameters()
         nn.init.ones_(self.tower.output.bias)
 
-    def q(self, score: Tensor) -> Tensor:
-        """Q = -ReLU(score) <= 0, (B,)."""
-        return _NonPositive.apply(score)
+    def q(self, pre_activation: Tensor) -> Tensor:
+        """Q = -ReLU(z) <= 0, (B,)."""
+        return NegReLU.apply(pre_activation)
 
 
-def zero_share(q: Tensor) -> float:
+def zero_fraction(q: Tensor) -> float:
     """The share of a batch of Q (B,) that is exactly 0: 1 means a dead critic."""
     return float((q == 0).float().mean())

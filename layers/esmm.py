@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
+from layers.base import MultiTaskModel
+from layers.layers import FeatureEmbedding, MultiLayerPerceptron
 
 
 class ESMM(MultiTaskModel):
@@ -29,7 +30,7 @@ class ESMM(MultiTaskModel):
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int,
                  dropout: float = 0.2) -> None:
         super().__init__()
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.bottom = MultiLayerPerceptron(self.input.output_dim, bottom_mlp_dims, dropout, output_layer=False)
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
                                     for _ in range(task_num))

@@ -1,7 +1,7 @@
 """Embeddings, perceptrons, expert banks and gates. B rows, F fields of D numbers each, N numeric features.
 
 The first layer of a network over concatenated embeddings is computed without writing the concatenation out; whoever
-takes an `Input` calls `linear(x, weight, bias)` and need not know.
+takes an `LayerInput` calls `linear(x, weight, bias)` and need not know.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.kernels import FieldLinear, Gather, Mixture, expert_product, product, relu_dropout
+from layers.ops import FieldLinear, FieldLookup, GatedSum, grouped_linear, linear_onednn, relu_dropout
 
 
 class EmbeddingLayer(nn.Module):
@@ -35,7 +35,7 @@ class EmbeddingLayer(nn.Module):
         return self.embedding(x + self.offsets)
 
 
-class FieldInput(nn.Module):
+class FeatureEmbedding(nn.Module):
     """The input of every network here: embedded fields, then the numbers through one linear layer of D outputs."""
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int) -> None:
@@ -44,41 +44,26 @@ class FieldInput(nn.Module):
         self.numerical = nn.Linear(numerical_num, embed_dim)
         self.output_dim = (len(categorical_field_dims) + 1) * embed_dim
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Fields:
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> LazyConcat:
         """Take ids (B, F) and numbers (B, N); return what stands for the (B, (F + 1) D) concatenation.
 
         Of windows over a session, (B, W, F) and (B, W, N), only the present impression, the last, is looked at.
         """
         if categorical_x.ndim == 3:
             categorical_x, numerical_x = categorical_x[:, -1], numerical_x[:, -1]
-        return Fields(self.embedding, self.numerical, categorical_x, numerical_x)
+        return LazyConcat(self.embedding, self.numerical, categorical_x, numerical_x)
 
 
-class MultiTaskModel(nn.Module):
-    """The parent of all models: a child says what it predicts for a batch."""
-
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Take ids (B, F) and numbers (B, N), or one sample (F,) and (N,); return predictions (B, T) or (T,)
-        in (0, 1)."""
-        if categorical_x.ndim == 1:
-            return self.batch_forward(categorical_x[None], numerical_x[None])[0]
-        return self.batch_forward(categorical_x, numerical_x)
-
-    def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        """Predictions (B, T) of ids (B, F) and numbers (B, N)."""
-        raise NotImplementedError
-
-
-class Fields:
+class LazyConcat:
     """concat(e_1[x_1], ..., e_F[x_F], A n + c), not yet written out. Shape (B, (F + 1) D)."""
 
     def __init__(self, embedding: EmbeddingLayer, numerical: nn.Linear, categorical_x: Tensor,
                  numerical_x: Tensor) -> None:
         self.embedding, self.numerical = embedding, numerical
         self.categorical_x, self.numerical_x = categorical_x, numerical_x
-        self._gather: Gather | None = None
+        self._gather: FieldLookup | None = None
 
-    def concat(self) -> Tensor:
+    def materialize(self) -> Tensor:
         """Write it out: (B, (F + 1) D)."""
         embedded = self.embedding(self.categorical_x).flatten(1)
         return torch.cat([embedded, self.numerical(self.numerical_x)], dim=1)
@@ -92,19 +77,19 @@ class Fields:
         embedding, numerical = self.embedding, self.numerical
         table = embedding.embedding.weight  # (V, D), all fields
         if len(table) > self.categorical_x.numel():
-            return product(self.concat(), weight, bias)
+            return linear_onednn(self.materialize(), weight, bias)
         if self._gather is None:
-            self._gather = Gather(self.categorical_x + embedding.offsets, len(table))
+            self._gather = FieldLookup(self.categorical_x + embedding.offsets, len(table))
         return FieldLinear.apply(self._gather, embedding.field_dims, self.numerical_x, table, numerical.weight,
                                  numerical.bias, weight, bias)
 
 
-Input = Tensor | Fields
+LayerInput = Tensor | LazyConcat
 
 
-def linear(x: Input, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: LayerInput, weight: Tensor, bias: Tensor) -> Tensor:
     """W x + b, for a tensor or for fields."""
-    return x.linear(weight, bias) if isinstance(x, Fields) else product(x, weight, bias)
+    return x.linear(weight, bias) if isinstance(x, LazyConcat) else linear_onednn(x, weight, bias)
 
 
 class MultiLayerPerceptron(nn.Module):
@@ -117,7 +102,7 @@ class MultiLayerPerceptron(nn.Module):
         self.output = nn.Linear(dims[-1], 1) if output_layer else None
         self.dropout = dropout
 
-    def forward(self, x: Input) -> Tensor:
+    def forward(self, x: LayerInput) -> Tensor:
         """Take (B, input_dim); return (B, 1), or (B, embed_dims[-1]) without an output layer."""
         for layer in self.hidden:
             assert isinstance(layer, nn.Linear)
@@ -145,11 +130,11 @@ class Experts(nn.Module):
             self.weights.append(torch.empty(expert_num, o, i).uniform_(-bound, bound))
             self.biases.append(torch.empty(expert_num, o).uniform_(-bound, bound))
 
-    def forward(self, x: Input) -> Tensor:
+    def forward(self, x: LayerInput) -> Tensor:
         """Take (B, input_dim); return (B, E, embed_dims[-1])."""
         h = relu_dropout(linear(x, self.first.weight, self.first.bias), self.dropout, self.training)  # (B, E H)
         for weight, bias in zip(self.weights, self.biases, strict=True):
-            h = relu_dropout(expert_product(h, weight, bias), self.dropout, self.training)
+            h = relu_dropout(grouped_linear(h, weight, bias), self.dropout, self.training)
         return h.unflatten(1, (self.expert_num, -1))
 
 
@@ -160,10 +145,10 @@ class Gate(nn.Module):
         super().__init__()
         self.layer = nn.Linear(input_dim, expert_num)
 
-    def forward(self, x: Input) -> Tensor:
+    def forward(self, x: LayerInput) -> Tensor:
         return F.softmax(linear(x, self.layer.weight, self.layer.bias), dim=1)
 
 
-def mixture(gates: Sequence[Tensor], bank: Tensor) -> list[Tensor]:
+def gated_sums(gates: Sequence[Tensor], bank: Tensor) -> list[Tensor]:
     """sum_e g_e h_e for each of several gates (B, E) over one bank of experts (B, E, H); each result is (B, H)."""
-    return list(Mixture.apply(torch.stack(list(gates), dim=1), bank).unbind(dim=1))
+    return list(GatedSum.apply(torch.stack(list(gates), dim=1), bank).unbind(dim=1))

@@ -1,17 +1,17 @@
-"""The supervised multi-task models, one a file, and the registry that names them.
+"""The supervised multi-task models, one a file, and the registry of their names.
 
-All take ids (B, F) and numbers (B, N) and return predictions (B, T) in (0, 1). With an encoder of the session
-(`layers.session`) before it, a model takes windows, (B, W, F) and (B, W, N).
+All take ids (B, F) and numbers (B, N) and return predictions (B, T) in (0, 1). Behind an encoder of the session
+(`layers.sequence`) they take windows, (B, W, F) and (B, W, N). A new model is one file with a `MultiTaskModel` and one
+line in `MODELS`.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 
-from torch import nn
-
-from layers import ESMM
-from layers.session import SessionModel
+from layers import ESMM, MultiTaskModel
+from layers.sequence import SequenceModel
 from slmodels.aitm import AITM
 from slmodels.metaheac import MetaHeac
 from slmodels.mmoe import MMoE
@@ -20,7 +20,7 @@ from slmodels.ple import PLE
 from slmodels.sharedbottom import SharedBottom
 from slmodels.singletask import SingleTask
 
-MODELS: dict[str, type[nn.Module]] = {
+MODELS: dict[str, type[MultiTaskModel]] = {
     "singletask": SingleTask,
     "sharedbottom": SharedBottom,
     "esmm": ESMM,
@@ -31,26 +31,31 @@ MODELS: dict[str, type[nn.Module]] = {
     "metaheac": MetaHeac,
 }
 __all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "MetaHeac", "OMoE", "SharedBottom", "SingleTask", "build"]
-WITH_EXPERTS = ("omoe", "mmoe", "ple", "metaheac")
 
 
 def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
           bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
-          dropout: float, encoder: str = "none", window: int = 10) -> nn.Module:
-    """Build a model by its name, with an encoder of `layers.session` over windows, or none.
+          dropout: float, encoder: str = "none", window: int = 10, calibrator_weight: float = 0.0) -> MultiTaskModel:
+    """Build a model by its name, with an encoder of `layers.sequence` over windows, or none.
 
-    Raises ValueError, with the list, for a name that is not in `MODELS`; and for metaheac with an encoder.
+    A class takes `expert_num` and `calibrator_weight` if they are parameters of its own.
+
+    Raises ValueError, with the list, for a name that is not in `MODELS`; for an encoder before a model that takes none;
+    and for a calibrator of a model that has none.
     """
     if name not in MODELS:
         raise ValueError(f"unknown model '{name}': one of {', '.join(MODELS)}")
-    sizes = (embed_dim, bottom_mlp_dims, tower_mlp_dims, task_num)
-    more = (expert_num, dropout) if name in WITH_EXPERTS else (dropout,)
+    cls = MODELS[name]
+    parameters = inspect.signature(cls).parameters
+    extra = {key: value for key, value in (("expert_num", expert_num), ("calibrator_weight", calibrator_weight))
+             if key in parameters}
+    if calibrator_weight and "calibrator_weight" not in extra:
+        raise ValueError(f"--calibrator_weight: only aitm has a calibrator, not {name}")
 
-    def make(numbers: int) -> nn.Module:
-        return MODELS[name](categorical_field_dims, numbers, *sizes, *more)
+    def factory(numerical_num: int) -> MultiTaskModel:
+        return cls(categorical_field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, task_num,
+                   dropout=dropout, **extra)
 
     if encoder == "none":
-        return make(numerical_num)
-    if name == "metaheac":
-        raise ValueError("metaheac trains without an encoder of the session: its inner step is differentiated twice")
-    return SessionModel(make, encoder, len(categorical_field_dims), numerical_num, embed_dim, window)
+        return factory(numerical_num)
+    return SequenceModel(factory, encoder, len(categorical_field_dims), numerical_num, embed_dim, window)

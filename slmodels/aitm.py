@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import FieldInput, MultiLayerPerceptron, MultiTaskModel
+from layers.base import Batch, Criterion, MultiTaskModel, Weights, task_losses
+from layers.layers import FeatureEmbedding, MultiLayerPerceptron
 
 
 class AITM(MultiTaskModel):
@@ -15,16 +16,16 @@ class AITM(MultiTaskModel):
 
     q_t = bottom_t(x), z_0 = q_0, and for t > 0 with p = transfer_t(z_{t-1}): z_t = sum_u w_u V(u) over u in {p, q_t},
     w = softmax(<K(u), Q(u)> / sqrt(H)): the paper's equations (6) to (8). Arguments as `layers.ESMM`, and
-    calibrator: weight of the behavioural-expectation calibrator in the loss (the paper's alpha; 0: without it).
+    calibrator_weight: weight of the behavioural-expectation calibrator in the loss (the paper's alpha; 0: without it).
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, dropout: float,
-                 calibrator: float = 0.0) -> None:
+                 calibrator_weight: float = 0.0) -> None:
         super().__init__()
         hidden = bottom_mlp_dims[-1]
-        self.calibrator = calibrator
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.calibrator_weight = calibrator_weight
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.bottoms = nn.ModuleList(
             MultiLayerPerceptron(self.input.output_dim, bottom_mlp_dims, dropout, output_layer=False)
             for _ in range(task_num))
@@ -36,19 +37,25 @@ class AITM(MultiTaskModel):
 
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
-        z, *own = [bottom(x) for bottom in self.bottoms]  # (B, H) each
+        z, *bottoms = [bottom(x) for bottom in self.bottoms]  # (B, H) each
         states = [z]
-        for q, transfer, query, key, value in zip(own, self.transfers, self.queries, self.keys, self.values,
+        for q, transfer, query, key, value in zip(bottoms, self.transfers, self.queries, self.keys, self.values,
                                                   strict=True):
-            both = torch.stack([transfer(states[-1]), q], dim=1)  # (B, 2, H)
-            score = (query(both) * key(both)).sum(dim=2, keepdim=True) / both.shape[2] ** 0.5
-            states.append((torch.softmax(score, dim=1) * value(both)).sum(dim=1))
+            pair = torch.stack([transfer(states[-1]), q], dim=1)  # (B, 2, H)
+            score = (query(pair) * key(pair)).sum(dim=2, keepdim=True) / pair.shape[2] ** 0.5
+            states.append((torch.softmax(score, dim=1) * value(pair)).sum(dim=1))
         scores = [tower(state) for tower, state in zip(self.towers, states, strict=True)]
         return torch.sigmoid(torch.cat(scores, dim=1))
 
-    def penalty(self, predictions: Tensor) -> Tensor:
+    def losses(self, batch: Batch, criterion: Criterion, weights: Weights | None = None) -> Tensor:
+        """As the parent, plus the calibration loss."""
+        categorical_x, numerical_x, labels = batch
+        predictions = self(categorical_x, numerical_x)
+        return task_losses(predictions, labels, criterion, weights) + self.calibration_loss(predictions)
+
+    def calibration_loss(self, predictions: Tensor) -> Tensor:
         """The calibrator, equation (10): alpha mean_i sum_t max(p_t - p_{t-1}, 0), predictions (B, T) -> ().
 
         A later step of the same path cannot be likelier than the step before it.
         """
-        return self.calibrator * (predictions[:, 1:] - predictions[:, :-1]).clamp(min=0).sum(dim=1).mean()
+        return self.calibrator_weight * (predictions[:, 1:] - predictions[:, :-1]).clamp(min=0).sum(dim=1).mean()

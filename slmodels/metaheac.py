@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from layers.layers import FieldInput, MultiTaskModel
+from layers.base import Batch, Criterion, MultiTaskModel, Weights, task_losses
+from layers.layers import FeatureEmbedding
 
 CRITIC_NUM = 5  # K, as the paper's code
 INNER_LR = 2e-4  # of the one gradient step on the support set
@@ -27,11 +28,14 @@ class MetaHeac(MultiTaskModel):
     Arguments as `layers.ESMM`, and expert_num: E. Layers are torch's own, so that `torch.func` can differentiate twice.
     """
 
+    encodable = False  # the inner step is differentiated twice, which the encoders are not
+    data_parallel = False  # the inner step takes half of the whole batch
+
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
                  dropout: float) -> None:
         super().__init__()
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.tasks = nn.Embedding(task_num, embed_dim)
         self.experts = nn.ModuleList(_perceptron([self.input.output_dim, *bottom_mlp_dims], dropout)
                                      for _ in range(expert_num))
@@ -42,28 +46,43 @@ class MetaHeac(MultiTaskModel):
         self.critic_gate = nn.Linear(2 * embed_dim, CRITIC_NUM)
 
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        x = self.input(categorical_x, numerical_x).concat()  # (B, (F + 1) D)
+        x = self.input(categorical_x, numerical_x).materialize()  # (B, (F + 1) D)
         mean = x.unflatten(1, (-1, self.tasks.embedding_dim)).mean(dim=1)  # (B, D)
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)  # (B, E, H)
         predictions = []
         for task in self.tasks.weight:  # (D,)
-            asked = torch.cat([task.expand_as(mean), mean], dim=1)  # (B, 2 D)
-            h = torch.einsum("be,beh->bh", F.softmax(self.expert_gate(asked), dim=1), experts)
+            gate_input = torch.cat([task.expand_as(mean), mean], dim=1)  # (B, 2 D)
+            h = torch.einsum("be,beh->bh", F.softmax(self.expert_gate(gate_input), dim=1), experts)
             scores = torch.cat([critic(h) for critic in self.critics], dim=1)  # (B, K)
-            predictions.append((F.softmax(self.critic_gate(asked), dim=1) * torch.sigmoid(scores)).sum(dim=1))
+            predictions.append((F.softmax(self.critic_gate(gate_input), dim=1) * torch.sigmoid(scores)).sum(dim=1))
         return torch.stack(predictions, dim=1)
 
-    def adapted(self, support: tuple[Tensor, Tensor], support_loss: Callable[[Tensor], Tensor],
-                query: tuple[Tensor, Tensor]) -> Tensor:
+    def losses(self, batch: Batch, criterion: Criterion, weights: Weights | None = None) -> Tensor:
+        """The tasks' mean losses (T,) on the second half of the batch, after an inner step on the first half (of an odd
+        number of rows the middle one is in both): the paper's equation (9)."""
+        categorical_x, numerical_x, labels = batch
+        half, of_batch = -(-len(labels) // 2), None if weights is None else weights()
+
+        def part_losses(predictions: Tensor, rows: slice) -> Tensor:
+            return task_losses(predictions, labels[rows], criterion,
+                               None if of_batch is None else lambda: of_batch[rows])
+
+        predictions = self.forward_adapted((categorical_x[:half], numerical_x[:half]),
+                                           lambda support: part_losses(support, slice(half)).mean(),
+                                           (categorical_x[-half:], numerical_x[-half:]))
+        return part_losses(predictions, slice(-half, None))
+
+    def forward_adapted(self, support: tuple[Tensor, Tensor], support_loss: Callable[[Tensor], Tensor],
+                        query: tuple[Tensor, Tensor]) -> Tensor:
         """Predict the query rows (ids, numbers) with theta' = theta - INNER_LR grad_theta L_support(theta).
 
         support_loss: predictions of the support rows (B, T) to their mean loss. A loss on the predictions returned here
-        trains theta itself, through the inner step: the paper's equation (9).
+        trains theta itself, through the inner step.
         """
         parameters = dict(self.named_parameters())
         inner = grad(lambda theta: support_loss(functional_call(self, theta, support)))(parameters)
-        stepped = {name: value - INNER_LR * inner[name] for name, value in parameters.items()}
-        return functional_call(self, stepped, query)
+        adapted_params = {name: value - INNER_LR * inner[name] for name, value in parameters.items()}
+        return functional_call(self, adapted_params, query)
 
 
 def _perceptron(dims: Sequence[int], dropout: float) -> nn.Sequential:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, MultiTaskModel, mixture
+from layers.base import MultiTaskModel
+from layers.layers import Experts, FeatureEmbedding, Gate, MultiLayerPerceptron, gated_sums
 
 
 class MMoE(MultiTaskModel):
@@ -20,7 +21,7 @@ class MMoE(MultiTaskModel):
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
                  dropout: float) -> None:
         super().__init__()
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.experts = Experts(expert_num, self.input.output_dim, bottom_mlp_dims, dropout)
         self.gates = nn.ModuleList(Gate(self.input.output_dim, expert_num) for _ in range(task_num))
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
@@ -29,6 +30,6 @@ class MMoE(MultiTaskModel):
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
         experts = self.experts(x)  # (B, E, H)
-        mixed = mixture([gate(x) for gate in self.gates], experts)
+        mixed = gated_sums([gate(x) for gate in self.gates], experts)
         scores = [tower(h) for tower, h in zip(self.towers, mixed, strict=True)]
         return torch.sigmoid(torch.cat(scores, dim=1))

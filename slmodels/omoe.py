@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, MultiLayerPerceptron, MultiTaskModel, mixture
+from layers.base import MultiTaskModel
+from layers.layers import Experts, FeatureEmbedding, Gate, MultiLayerPerceptron, gated_sums
 
 
 class OMoE(MultiTaskModel):
@@ -17,7 +18,7 @@ class OMoE(MultiTaskModel):
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
                  dropout: float) -> None:
         super().__init__()
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         self.experts = Experts(expert_num, self.input.output_dim, bottom_mlp_dims, dropout)
         self.gate = Gate(self.input.output_dim, expert_num)
         self.towers = nn.ModuleList(MultiLayerPerceptron(bottom_mlp_dims[-1], tower_mlp_dims, dropout)
@@ -25,5 +26,5 @@ class OMoE(MultiTaskModel):
 
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
         x = self.input(categorical_x, numerical_x)
-        (h,) = mixture([self.gate(x)], self.experts(x))  # (B, H)
+        (h,) = gated_sums([self.gate(x)], self.experts(x))  # (B, H)
         return torch.sigmoid(torch.cat([tower(h) for tower in self.towers], dim=1))

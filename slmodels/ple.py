@@ -8,7 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from layers.layers import Experts, FieldInput, Gate, Input, MultiLayerPerceptron, MultiTaskModel, mixture
+from layers.base import MultiTaskModel
+from layers.layers import Experts, FeatureEmbedding, Gate, LayerInput, MultiLayerPerceptron, gated_sums
 
 
 class Extraction(nn.Module):
@@ -28,22 +29,23 @@ class Extraction(nn.Module):
         self.task_gates = nn.ModuleList(Gate(input_dim, specific_num + shared_num) for _ in range(task_num))
         self.shared_gate = None if last else Gate(input_dim, task_num * specific_num + shared_num)
 
-    def forward(self, tasks: Sequence[Input], shared: Input) -> tuple[list[Tensor], Tensor | None]:
+    def forward(self, tasks: Sequence[LayerInput], shared: LayerInput) -> tuple[list[Tensor], Tensor | None]:
         """Take T inputs and the shared one, each (B, input_dim); return as many outputs (B, output_dim)."""
-        own = [experts(x) for experts, x in zip(self.specific, tasks, strict=True)]  # (B, E, H) each
-        common = self.shared(shared)  # (B, E', H)
-        sizes = [bank.shape[1] for bank in own]
-        gates = [gate(x).split([size, common.shape[1]], dim=1)
+        task_banks = [experts(x) for experts, x in zip(self.specific, tasks, strict=True)]  # (B, E, H) each
+        shared_bank = self.shared(shared)  # (B, E', H)
+        sizes = [bank.shape[1] for bank in task_banks]
+        gates = [gate(x).split([size, shared_bank.shape[1]], dim=1)
                  for gate, x, size in zip(self.task_gates, tasks, sizes, strict=True)]
-        of_shared = [] if self.shared_gate is None else self.shared_gate(shared).split([*sizes, common.shape[1]], dim=1)
+        shared_gates = ([] if self.shared_gate is None else
+                        self.shared_gate(shared).split([*sizes, shared_bank.shape[1]], dim=1))
         # Every bank is read once, for all gates over it.
-        from_own = [mixture([gate, *of_shared[t:t + 1]], bank)
-                    for t, ((gate, _), bank) in enumerate(zip(gates, own, strict=True))]
-        from_common = mixture([*(gate for _, gate in gates), *of_shared[-1:]], common)
-        outputs = [mine[0] + other for mine, other in zip(from_own, from_common, strict=False)]
-        if not of_shared:
+        task_sums = [gated_sums([gate, *shared_gates[t:t + 1]], bank)
+                     for t, ((gate, _), bank) in enumerate(zip(gates, task_banks, strict=True))]
+        shared_sums = gated_sums([*(gate for _, gate in gates), *shared_gates[-1:]], shared_bank)
+        outputs = [own[0] + from_shared for own, from_shared in zip(task_sums, shared_sums, strict=False)]
+        if not shared_gates:
             return outputs, None
-        return outputs, sum((mine[1] for mine in from_own), from_common[-1])
+        return outputs, sum((own[1] for own in task_sums), shared_sums[-1])
 
 
 class PLE(MultiTaskModel):
@@ -58,7 +60,7 @@ class PLE(MultiTaskModel):
         super().__init__()
         if expert_num < 2:
             raise ValueError("PLE needs expert_num of 2 or more: half of them shared, half of them each task's own")
-        self.input = FieldInput(categorical_field_dims, numerical_num, embed_dim)
+        self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
         dims = [self.input.output_dim, *bottom_mlp_dims]
         specific_num, shared_num = expert_num // 2, expert_num - expert_num // 2
         self.levels = nn.ModuleList(
@@ -68,8 +70,8 @@ class PLE(MultiTaskModel):
                                     for _ in range(task_num))
 
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:
-        shared: Input = self.input(categorical_x, numerical_x)
-        tasks: list[Input] = [shared] * len(self.towers)
+        shared: LayerInput = self.input(categorical_x, numerical_x)
+        tasks: list[LayerInput] = [shared] * len(self.towers)
         for level in self.levels:
             tasks, shared = level(tasks, shared)
         scores = [tower(h) for tower, h in zip(self.towers, tasks, strict=True)]

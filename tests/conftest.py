@@ -13,12 +13,12 @@ import hypothesis
 import pytest
 import torch
 
-from dataset.files import UserError
+from common.errors import UserError
 from dataset.prepare import prepare
-from dataset.simulate import Size, simulate
+from dataset.simulate import SimulationConfig, simulate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-SMALL = Size(events=12_000, items=600, property_rows=10_000, seed=7)
+SMALL = SimulationConfig(events=12_000, items=600, property_rows=10_000, seed=7)
 
 # The models here are tiny: a second thread costs more than it brings, above all on a machine that is shared.
 torch.set_num_threads(1)

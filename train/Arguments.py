@@ -10,7 +10,7 @@ import difflib
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -18,20 +18,20 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from dataset.files import UserError, is_file_name
-from layers.session import ENCODERS
+from common.errors import UserError
+from common.fileio import is_safe_filename
+from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_path, model_stem
+from layers.sequence import ENCODERS
 from slmodels import MODELS
-from train.checkpoint import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, RunFolder, model_metadata
-from train.weighting import WEIGHTINGS
+from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_metadata
+from train.task_weighting import WEIGHTINGS
 
 POLISH_METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
-AGENT_NAMES = {"bc": "TD3BC", "td3bc": "TD3BCactor", "ddpg": "DDPG", "multiweight": "DDPGmw"}  # of result folders
-SIZES = ("task_num", "embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims")  # of a model
 
 Parsed = TypeVar("Parsed", bound="Settings")
 
 
-def setting(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
+def option(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
             high: float = math.inf, name: bool = False) -> Any:
     """A field with its help, its allowed values (choices, or low to high, both allowed) and its flag; a `name` becomes
     part of the names of files."""
@@ -46,7 +46,7 @@ class Settings:
     def __post_init__(self) -> None:
         for one in fields(self):
             setattr(self, one.name, _of_type(one, getattr(self, one.name)))
-            check(one, getattr(self, one.name))
+            validate(one, getattr(self, one.name))
             if isinstance(one.default, tuple):
                 setattr(self, one.name, tuple(getattr(self, one.name)))
 
@@ -63,145 +63,134 @@ class Arguments(Settings):
     """
 
     # the model
-    task_num: int = setting(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
-    expert_num: int = setting(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
-    embed_dim: int = setting(128, "D, size of an embedding", low=1, high=65536)
-    bottom_mlp_dims: tuple[int, ...] = setting(BOTTOM_MLP_DIMS, "widths of the shared layers, with commas", low=1,
-                                               high=65536)
-    tower_mlp_dims: tuple[int, ...] = setting(TOWER_MLP_DIMS, "widths of each task's layers, with commas", low=1,
+    task_num: int = option(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
+    expert_num: int = option(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
+    embed_dim: int = option(128, "D, size of an embedding", low=1, high=65536)
+    bottom_mlp_dims: tuple[int, ...] = option(BOTTOM_MLP_DIMS, "widths of the shared layers, with commas", low=1,
                                               high=65536)
-    encoder: str = setting("none", "what a model sees of the session besides: none, or the impressions so far, through "
-                           "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
-    critic_encoder: str = setting("same", "what the critics see of it: the same as the model, or another encoder",
-                                  choices=["same", *ENCODERS])
-    window: int = setting(10, "impressions that an encoder sees at the most, the present one included", low=1,
-                          high=1000)
+    tower_mlp_dims: tuple[int, ...] = option(TOWER_MLP_DIMS, "widths of each task's layers, with commas", low=1,
+                                             high=65536)
+    encoder: str = option("none", "what a model reads of the session besides: none, or the impressions so far, through "
+                          "a recurrent unit or attention; its files then carry the encoder's name", choices=ENCODERS)
+    critic_encoder: str = option("same", "what the critics read of it: the same as the model, or another encoder",
+                                 choices=["same", *ENCODERS])
+    window: int = option(10, "impressions that an encoder reads at most, the current one included", low=1,
+                         high=1000)
 
     # the training
-    epoch: int = setting(50, "epochs at the most", low=1)
-    batch_size: int = setting(512, "rows a step", low=1)
-    device: str = setting("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
-    precision: str = setting(
+    epoch: int = option(50, "epochs at most", low=1)
+    batch_size: int = option(512, "rows a step", low=1)
+    device: str = option("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
+    precision: str = option(
         "float32", "of matrix products: float32; tf32 and bf16 are faster on processors that have them, and coarser: "
         "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
-    seed: int = setting(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
-    resume: bool = setting(False, "go on where a run with the same settings was stopped")
+    seed: int = option(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
+    resume: bool = option(False, "continue a stopped run of the same settings")
 
     # data and files
-    dataset_name: str = setting("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
-    dataset_path: str = setting("dataset", "the folder of data sets")
-    feature_map_rate: float = setting(
-        0.2, "long-tailed fields keep their most frequent values up to this share of the rows; the others become one",
+    dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
+    dataset_path: str = option("dataset", "the folder of data sets")
+    feature_map_rate: float = option(
+        0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; the others become one",
         low=0, high=1)
-    numerical: str = setting("session", "numeric features: the session so far, or none (the published single zero)",
-                             choices=["session", "none"])
-    pretrain_path: str = setting("pretrain", "the folder of baselines")
-    save_dir: str = setting("chkpt", "where runs write")
+    numerical: str = option("session", "numeric features: the session so far, or none (the published single zero)",
+                            choices=["session", "none"])
+    pretrain_path: str = option("pretrain", "the folder of baselines")
+    save_dir: str = option("chkpt", "where runs write")
 
     @property
-    def critics_see(self) -> str:
+    def resolved_critic_encoder(self) -> str:
         """The critics' encoder."""
         return self.encoder if self.critic_encoder == "same" else self.critic_encoder
 
     @property
-    def state_window(self) -> int:
-        """Impressions of a state; 0: the present one, and no window, for neither model nor critics look further."""
-        return 0 if self.encoder == self.critics_see == "none" else self.window
+    def state_context(self) -> int:
+        """Impressions of a state; 0: the current one, without a window: neither model nor critics read more."""
+        return 0 if self.encoder == self.resolved_critic_encoder == "none" else self.window
 
-    def critics_name(self, actor_name: str) -> str:
-        """What the critics of an actor are called: as the actor, and by their encoder if it is not the actor's."""
-        return named(actor_name, self.encoder) + (
-            "" if self.critics_see == self.encoder else f"_critic_{self.critics_see}")
+    def critic_stem(self, actor_name: str) -> str:
+        """The name of an actor's critics in file names: the actor's, and their encoder if it is not the actor's."""
+        return model_stem(actor_name, self.encoder) + (
+            "" if self.resolved_critic_encoder == self.encoder else f"_critic_{self.resolved_critic_encoder}")
 
     def baseline(self, model_name: str) -> Path:
-        """Where the baseline of a model on this data set lies."""
+        """The file of a model's baseline on this data set."""
         return baseline_path(self.pretrain_path, self.dataset_name, model_name, self.encoder)
 
-    def metadata(self, model_name: str, data: dict[str, Any]) -> dict[str, Any]:
-        """What a model of these settings is, on a data set of such `RetailRocketRLDataset.metadata`."""
-        return model_metadata(data, model_name, **{name: getattr(self, name) for name in SIZES}, encoder=self.encoder,
-                              window=self.window)
+    def metadata(self, model_name: str, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The metadata of a model of these settings, on data of `RetailRocketRLDataset.metadata`."""
+        return model_metadata(data, model_name, self.task_num, self.embed_dim, self.expert_num, self.bottom_mlp_dims,
+                              self.tower_mlp_dims, self.encoder, self.window)
 
-    def command(self, program: str, name: str, value: str) -> str:
-        """The command that makes what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
+    def suggest_command(self, program: str, name: str, value: str) -> str:
+        """The command that creates what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
         data and states."""
         same = [one for one in fields(Arguments)
                 if one.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
         return " ".join([f"python3 {program} --{name}={value}", *_flags(self, same)])
 
 
-def baseline_path(pretrain_path: str | Path, dataset_name: str, model_name: str, encoder: str = "none") -> Path:
-    """The file of a baseline: `<pretrain_path>/<dataset>_<model>.pt`."""
-    return Path(pretrain_path) / f"{dataset_name}_{named(model_name, encoder)}.pt"
-
-
-def agent_folder(save_dir: str, dataset_name: str, agent: str, critics_name: str) -> RunFolder:
-    """`<save_dir>/res_<agent>_<actor>/`, for data sets other than rt `res_<agent>_<dataset>_<actor>/`."""
-    middle = agent if dataset_name == "rt" else f"{agent}_{dataset_name}"
-    name = f"res_{middle}_{critics_name}"
-    return RunFolder(Path(save_dir) / name, name)
-
-
-def named(model_name: str, encoder: str) -> str:
-    """What a model is called in files: `esmm`, and with an encoder `esmm_gru`."""
-    return model_name if encoder == "none" else f"{model_name}_{encoder}"
-
-
 @dataclass(kw_only=True)
 class SLArguments(Arguments):
     """Supervised training: `SLmain.py`."""
 
-    model_name: str = setting("esmm", "the multi-task model", choices=list(MODELS))
-    epoch: int = setting(50, "epochs at the most; training stops earlier when validation AUC no longer rises", low=1)
-    patience: int = setting(3, "epochs without a better validation AUC after which training stops", low=1)
-    learning_rate: float = setting(1e-3, "of Adam", low=0)
-    batch_size: int = setting(2048, "B, rows a step", low=1)
-    weight_decay: float = setting(1e-6, "L2, of Adam", low=0)
-    dropout: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
-    calibrator: float = setting(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
-    weighting: str = setting("equal", "how the tasks' losses become one step; all but equal and uncertainty need "
-                             "requirements-weighting.txt", choices=WEIGHTINGS)
-    save_dir: str = setting("chkpt/SL", "where runs write")
-    polish_lambda: float = setting(
+    model_name: str = option("esmm", "the multi-task model", choices=list(MODELS))
+    epoch: int = option(50, "epochs at most; training stops earlier when validation AUC no longer rises", low=1)
+    patience: int = option(3, "epochs without a better validation AUC after which training stops", low=1)
+    learning_rate: float = option(1e-3, "learning rate of Adam", low=0)
+    batch_size: int = option(2048, "B, rows a step", low=1)
+    weight_decay: float = option(1e-6, "L2 penalty of Adam", low=0)
+    dropout: float = option(0.2, "dropout probability of hidden units", low=0, high=0.99)
+    calibrator_weight: float = option(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
+    weighting: str = option("equal", "weights of the tasks' losses; all but equal and uncertainty need "
+                            "requirements/weighting.txt", choices=WEIGHTINGS)
+    save_dir: str = option("chkpt/SL", "where runs write")
+    polish_lambda: float = option(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
-    polish_method: str = setting(
+    polish_method: str = option(
         "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
-        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardised Q; or a control: constant 1, shuffled "
+        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardized Q; or a control: constant 1, shuffled "
         "and contrast_shuffled those of full and contrast on the wrong samples", choices=POLISH_METHODS)
-    polish_normalise: bool = setting(False, "divide the weights of a polish run by their mean over the batch")
-    polish_start: str = setting("baseline", "what a polish run trains: the baseline, or a model from scratch",
-                                choices=["baseline", "scratch"])
-    polish_rate: float = setting(0.1, "of a polish run that starts from the baseline: its learning rate as a share of "
-                                 "--learning_rate", low=0, high=100)
-    critic_from: str = setting("", "the model whose critics weight the loss (default its own, else any others)")
-    critic_dir: str = setting("chkpt/RL", "where RLmain.py writes critics")
+    polish_normalize: bool = option(False, "divide the weights of a polish run by their mean over the batch")
+    polish_init: str = option("baseline", "what a polish run trains: the baseline, or a model from scratch",
+                               choices=["baseline", "scratch"])
+    polish_lr_ratio: float = option(0.1, "of a polish run that starts from the baseline: its learning rate as a fraction of "
+                                "--learning_rate", low=0, high=100)
+    critic_model: str = option("", "the model whose critics weight the loss (default its own, else any others)",
+                               choices=["", *MODELS])
+    critic_dir: str = option("chkpt/RL", "where RLmain.py writes critics")
 
     @property
-    def finetunes(self) -> bool:
-        """Whether this is a polish run that goes on from the baseline."""
-        return self.polish_lambda > 0 and self.polish_start == "baseline"
+    def is_finetuning(self) -> bool:
+        """Whether this is a polish run that continues from the baseline."""
+        return self.polish_lambda > 0 and self.polish_init == "baseline"
 
     @property
-    def run(self) -> RunFolder:
-        """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; the books of a polish run lie in a
-        folder of its name there. Another weighting than equal, an encoder, and critics of another one are part of the
-        name."""
-        name = f"{self.dataset_name}_{named(self.model_name, self.encoder)}"
+    def run_dir(self) -> RunDirectory:
+        """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; a polish run has a folder of its name
+        in it. Its name contains all that tells it from other runs of this model: task weighting, encoders, method."""
+        stem = f"{self.dataset_name}_{model_stem(self.model_name, self.encoder)}"
         if self.weighting != "equal":
-            name += f"_{self.weighting}"
-        folder, run = Path(self.save_dir) / name, f"{name}_{self.polish_lambda}"
-        if self.polish_lambda:
-            run += "".join(f"_{what}" for what, said in (
-                (self.polish_method, self.polish_method != "full"),
-                ("normalised", self.polish_normalise), ("scratch", self.polish_start == "scratch")) if said)
-            if self.polish_method != "constant" and self.critics_see != self.encoder:
-                run += f"_critic_{self.critics_see}"
-        return RunFolder(folder, run, folder / run if self.polish_lambda else None)
+            stem += f"_{self.weighting}"
+        folder, name = Path(self.save_dir) / stem, f"{stem}_{self.polish_lambda}"
+        if not self.polish_lambda:
+            return RunDirectory(folder, name)
+        name += f"_{self.polish_method}" * (self.polish_method != "full")
+        name += "_normalized" * self.polish_normalize + "_scratch" * (self.polish_init == "scratch")
+        if self.polish_method != "constant" and self.resolved_critic_encoder != self.encoder:
+            name += f"_critic_{self.resolved_critic_encoder}"
+        return RunDirectory(folder, name, folder / name)
+
+    @property
+    def critic_candidates(self) -> dict[str, Path]:
+        """The models whose critics may weight the loss, in order of preference, and the directories of their agents."""
+        names = [self.critic_model] if self.critic_model else [self.model_name, "esmm", *MODELS]
+        return {name: agent_dir(self.critic_dir, self.dataset_name, "bc", self.critic_stem(name)) for name in names}
 
     @property
     def trained_with(self) -> dict[str, Any]:
         """The settings that a baseline's weights depend on."""
-        names = ("epoch", "patience", "learning_rate", "batch_size", "weight_decay", "dropout", "calibrator",
+        names = ("epoch", "patience", "learning_rate", "batch_size", "weight_decay", "dropout", "calibrator_weight",
                  "feature_map_rate", "precision", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -210,51 +199,51 @@ class SLArguments(Arguments):
 class RLArguments(Arguments):
     """Offline RL: `RLmain.py`. Names and defaults of the agent as documented."""
 
-    task_num: int = setting(2, "T, the tasks: one critic each", low=2, high=2)
-    actor_name: str = setting("esmm", "the model whose predictions are the actions", choices=list(MODELS))
-    agent: str = setting("bc", "bc: critics alone, to convergence, as TD3+BC learns them; td3bc: the actor "
-                         "through them too; ddpg: plain DDPG; multiweight: so, with --ips for each task",
-                         choices=list(AGENT_NAMES))
-    reward_type: str = setting("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
-    epoch: int = setting(100, "epochs at the most; training stops earlier when the critics have converged", low=1)
-    epoch_updates: int = setting(200, "updates an epoch", low=1)
-    init_episode: int = setting(10_000, "sessions of uniform actions in the replay memory, so that critics see all of "
-                                "[0, 1]", low=0)
-    converge_tolerance: float = setting(0.05, "converged: the critic loss changes by less than this share ...", low=0)
-    converge_trials: int = setting(3, "... for so many epochs in a row", low=1)
-    gamma: float = setting(0.9, "discount of the next impression's reward", low=0, high=1)
-    batch_size: int = setting(512, "transitions an update", low=1)
-    memory_size: int = setting(500_000, "transitions that the replay memory holds", low=1)
-    memory_path: str = setting("pretrain/memory.npz", "the replay memory")
-    refill: bool = setting(False, "fill a new replay memory, even if there is one")
-    ou_noise_theta: float = setting(0.0, "mean of the exploration noise")
-    ou_noise_gamma: float = setting(0.4, "variance of the exploration noise", low=0)
-    actor_reg: float = setting(0.0, "weight of the actor's pull to the pretrained one", low=0)
-    tau: float = setting(0.2, "share by which targets follow", low=0, high=1)
-    soft_update_freq: int = setting(2, "updates between two moves of the targets", low=1)
-    actor_update_freq: int = setting(2, "updates between two of the actor (all but bc)", low=1)
-    init_training_step: int = setting(10_000, "updates before the actor trains (all but bc)", low=0)
-    ips: bool = setting(False, "weight samples by the inverse share of their labels: ddpg one weight a sample, "
-                        "multiweight and bc one a task")
-    drop_out: float = setting(0.2, "share of hidden units dropped in training", low=0, high=0.99)
-    actor_lr: float = setting(1e-3, "of the actor's Adam", low=0)
-    critic_lr: float = setting(1e-3, "of the critics' Adam", low=0)
-    action_normalizer: bool = setting(False, "wrap the environments so that they take actions in [-1, 1] (train.utils."
-                                      "ActionNormalizer); what is rewarded and stored are the same predictions")
-    save_dir: str = setting("chkpt/RL", "where agents are saved")
+    task_num: int = option(2, "T, the tasks: one critic each", low=2, high=2)
+    actor_name: str = option("esmm", "the model whose predictions are the actions", choices=list(MODELS))
+    agent: str = option("bc", "bc: critics alone, to convergence, as TD3+BC learns them; td3bc: the actor "
+                        "through them too; ddpg: plain DDPG; multiweight: so, with --ips for each task",
+                        choices=list(AGENT_DIR_NAMES))
+    reward_type: str = option("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
+    epoch: int = option(100, "epochs at most; training stops earlier when the critics have converged", low=1)
+    epoch_updates: int = option(200, "updates an epoch", low=1)
+    init_episode: int = option(10_000, "sessions of uniform actions in the replay buffer, so that critics see all of "
+                               "[0, 1]", low=0)
+    converge_tolerance: float = option(0.05, "converged: the critic loss changes by less than this fraction ...", low=0)
+    converge_trials: int = option(3, "... for so many epochs in a row", low=1)
+    gamma: float = option(0.9, "discount of the next impression's reward", low=0, high=1)
+    batch_size: int = option(512, "transitions an update", low=1)
+    memory_size: int = option(500_000, "transitions in the replay buffer", low=1)
+    memory_path: str = option("pretrain/memory.npz", "the file of the replay buffer")
+    refill: bool = option(False, "fill a new replay buffer, even if there is one")
+    ou_noise_theta: float = option(0.0, "mean of the exploration noise")
+    ou_noise_gamma: float = option(0.4, "variance of the exploration noise", low=0)
+    actor_reg: float = option(0.0, "weight of the behavior-cloning penalty towards the pretrained actor", low=0)
+    tau: float = option(0.2, "Polyak averaging coefficient of the targets", low=0, high=1)
+    soft_update_freq: int = option(2, "updates between two moves of the targets", low=1)
+    actor_update_freq: int = option(2, "updates between two of the actor (all but bc)", low=1)
+    init_training_step: int = option(10_000, "updates before the actor trains (all but bc)", low=0)
+    ips: bool = option(False, "weight samples by the inverse frequency of their labels: ddpg one weight a sample, "
+                       "multiweight and bc one a task")
+    drop_out: float = option(0.2, "dropout probability of hidden units", low=0, high=0.99)
+    actor_lr: float = option(1e-3, "learning rate of the actor's Adam", low=0)
+    critic_lr: float = option(1e-3, "learning rate of the critics' Adam", low=0)
+    action_normalizer: bool = option(False, "wrap the environments so that they take actions in [-1, 1] (train.utils."
+                                     "ActionNormalizer); what is rewarded and stored are the same predictions")
+    save_dir: str = option("chkpt/RL", "where agents are saved")
 
     @property
-    def run(self) -> RunFolder:
-        """Where the agent is saved."""
-        return agent_folder(self.save_dir, self.dataset_name, AGENT_NAMES[self.agent],
-                            self.critics_name(self.actor_name))
+    def run_dir(self) -> RunDirectory:
+        """The directory of the agent."""
+        return RunDirectory.of_agent(agent_dir(self.save_dir, self.dataset_name, self.agent,
+                                               self.critic_stem(self.actor_name)))
 
 
-def check(one: Field[Any], value: Any) -> None:
+def validate(one: Field[Any], value: Any) -> None:
     """Raise UserError, naming the flag, where a value is not among those allowed."""
     flag, choices, low, high = (one.metadata[key] for key in ("flag", "choices", "low", "high"))
     flag = flag or f"--{one.name}"
-    if one.metadata["name"] and not is_file_name(value):
+    if one.metadata["name"] and not is_safe_filename(value):
         raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path says where it lies")
     if choices and value not in choices:
         meant = difflib.get_close_matches(str(value), choices, 1)
@@ -294,7 +283,7 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({f'did you mean {meant[0]}? ' if meant else ''}--help explains every flag)")
 
 
-def command_of(program: str, settings: Settings) -> str:
+def to_command_line(program: str, settings: Settings) -> str:
     """The command line that `parse` reads these settings from."""
     return " ".join(["python3", program, *_flags(settings, fields(settings))])
 

@@ -1,13 +1,23 @@
-"""What a model is judged by: AUC, logloss and session logloss."""
+"""Metrics: AUC, logloss and session logloss; warnings of label leakage."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
+
+from common.csv_reader import read_table
+from common.errors import UserError, truncate
+from dataset.features import NUMERICAL_FEATURES
+from dataset.rtrl import RetailRocketRLDataset
+from dataset.sessions import SessionIndex
+
+PROB_EPS = 1e-7  # predictions are clipped to [PROB_EPS, 1 - PROB_EPS] in the logloss
 
 
 class Metrics(NamedTuple):
@@ -21,14 +31,71 @@ class Metrics(NamedTuple):
 def compute_metrics(predictions: Sequence[NDArray[np.floating[Any]]], labels: NDArray[np.float32],
                     session: NDArray[np.int64]) -> list[Metrics]:
     """The metrics of each task: its predictions (n,) against its column of the labels (n, T); `measure`."""
-    return [measure(values, labels[:, task], session) for task, values in enumerate(predictions)]
+    return [task_metrics(values, labels[:, task], session) for task, values in enumerate(predictions)]
 
 
-def measure(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
+def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
     """Compare one task's predictions (n,) with labels (n,); rows of a session are neighbours."""
-    p = np.clip(predictions.astype(np.float64), 1e-7, 1 - 1e-7)
+    p = np.clip(predictions.astype(np.float64), PROB_EPS, 1 - PROB_EPS)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
-    starts = np.flatnonzero(np.append(True, session[1:] != session[:-1]))
-    by_session = np.add.reduceat(losses, starts) / np.diff(np.append(starts, len(session)))
     auc = roc_auc_score(labels, predictions) if 0 < labels.sum() < len(labels) else float("nan")
-    return Metrics(float(auc), float(losses.mean()), float(by_session.mean()))
+    return Metrics(float(auc), float(losses.mean()), float(SessionIndex(session).mean(losses).mean()))
+
+
+LEAKAGE_AUC = 0.99  # an AUC that clicks and purchases never have
+LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single features are tried
+
+
+def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
+    """Warn of each numeric feature that alone tells a label of a split."""
+    step = -(-len(split) // LEAKAGE_SAMPLE)
+    names = NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES) else [str(n) for n in range(split.numerical_num)]
+    found = []
+    for task, task_name in enumerate(task_names):
+        label = split.labels[::step, task]
+        if not 0 < label.sum() < len(label):
+            continue
+        for number, name in enumerate(names):
+            auc = float(roc_auc_score(label, split.numerical[::step, number]))
+            if max(auc, 1 - auc) > LEAKAGE_AUC:
+                found.append(f"warning: {task_name}: the feature '{name}' alone has AUC {auc:.4f} on the {split_name} "
+                             "split: does it know the label?")
+    return found
+
+
+def auc_leakage_warnings(aucs: Sequence[float], split_name: str, task_names: Sequence[str]) -> list[str]:
+    """Warn of each task that a model predicts better on a split than anybody can."""
+    return [f"warning: {name}: AUC {auc:.4f} on the {split_name} split is above {LEAKAGE_AUC}: does a feature know the label?"
+            for name, auc in zip(task_names, aucs, strict=False) if auc > LEAKAGE_AUC]
+
+
+def read_test_metrics(path: Path, task_names: Sequence[str]) -> list[Metrics]:
+    """The test metrics of each task in a metrics.csv; none where the run has not come so far.
+
+    Raises UserError naming line and column where a metric is none, or is out of range.
+    """
+    columns = {f"{metric}_{task}": metric for task in task_names for metric in Metrics._fields}
+    table = read_table(path, {"split": "text", **dict.fromkeys(columns, "optional_text")})
+    rows = [number for number, split in enumerate(table["split"]) if split == "test"]
+    if not rows:
+        return []
+    if len(rows) > 1:
+        raise UserError(f"{path}, line {rows[1] + 2}, column 'split': a second row of test metrics")
+    for column, metric in columns.items():
+        cell = table[column][rows[0]]
+        if not _is_valid_metric(cell, metric):
+            raise UserError(f"{path}, line {rows[0] + 2}, column '{column}': '{truncate(cell)}' is no "
+                            f"{metric.replace('_', ' ')}")
+    row = table.loc[rows[0]]
+    return [Metrics(*(float(row[f"{metric}_{task}"]) for metric in Metrics._fields)) for task in task_names]
+
+
+def _is_valid_metric(cell: str, metric: str) -> bool:
+    """Whether a cell is an AUC from 0 to 1, or a logloss from 0 to that of a prediction as wrong as can be."""
+    if metric == "auc" and cell == "nan":  # all labels of the split are the same
+        return True
+    try:
+        value = float(cell) if cell.isascii() and "_" not in cell else -1.0
+    except ValueError:
+        return False
+    return 0 <= value <= (1.0 if metric == "auc" else -math.log(PROB_EPS) + 1e-3)

@@ -9,18 +9,18 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dataset.files import atomic_file
+from common.fileio import atomic_file
 
 
 def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: Sequence[float] | None = None,
-                xlabel: str = "epoch", mark: float | None = None, title: str = "") -> None:
+                xlabel: str = "epoch", best_epoch: float | None = None, title: str = "") -> None:
     """Draw panels side by side, each a set of named curves.
 
     Args:
         path: the PNG to write.
         panels: title -> name of the curve -> its values.
         x: where the values are; default 1, 2, ...
-        mark: where to draw a dotted line, for example the best epoch.
+        best_epoch: where to draw a dotted line.
     """
     figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
@@ -28,8 +28,8 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
         for label, values in curves.items():
             at = x if x is not None else range(1, len(values) + 1)
             axis.plot(at, values, label=label, marker="o" if len(values) < 30 else None, markersize=3)
-        if mark is not None:
-            axis.axvline(mark, color="grey", linestyle=":", linewidth=1)
+        if best_epoch is not None:
+            axis.axvline(best_epoch, color="grey", linestyle=":", linewidth=1)
         axis.set_title(name, fontsize=10)
         axis.set_xlabel(xlabel)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,4 +1,4 @@
-"""The polish run: how the critics weight the loss, which critics do, and how the result stands beside the controls."""
+"""Polishing: the critics' weights of the loss, which critics are used, and the result beside its controls."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.files import UserError
+from common import distributed
+from common.checkpoint import check_metadata, load_tensors, state_dict_hash
+from common.errors import UserError
+from common.run_dir import CRITIC_NAMES, agent_dir, network_path
 from layers import CriticNeg
-from layers.session import window_of
-from slmodels import MODELS
-from train import world
-from train.Arguments import POLISH_METHODS, SLArguments, agent_folder
-from train.checkpoint import check_metadata, critic_of, load_tensors, weights_digest
-from train.metrics import Metrics
+from slmodels.model_file import critic_from_file
+from train.Arguments import POLISH_METHODS, SLArguments
+from train.metrics import Metrics, read_test_metrics
 
-CRITICS = ("critic1", "critic2")
+CONTROLS = ("constant", "shuffled")
 
 
 class RlLossPolisher:
     """Weights of the supervised loss from the critics: w_k = 1 - lambda Q_k(s, a_k), (B, T), detached.
 
-    Critics and model answer in eval mode, row by row: the weight of a sample depends on the sample, the critics and
-    the model's present parameters, and on nothing else in the batch, nor on dropout.
+    Critics and model predict in eval mode: the weight of a sample depends on the sample, the critics and the model's
+    current parameters, and on nothing else in the batch, nor on dropout.
 
     Args:
         model: the model that is polished; a_k is its prediction. Or, as published, an environment: then the second
-            argument is a model's name, and its critics are read from `<critic_dir>/res_TD3BC_<name>`; the model is
-            that which `sltrain` trains.
+            argument is a model's name, its critics are read from `<critic_dir>/res_TD3BC_<name>`, and the model is
+            the one that `sltrain` trains.
         critics: one a task; none are needed for `constant`.
         lambda_: lambda.
         method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `inverse` 1 / (1 - lambda Q); `contrast`
-            exp(-lambda (Q - mean Q) / std Q), over the batch, so that lambda says how far the weights spread;
-            `constant` 1; `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples
-            of the batch (a control: the same weights on the wrong samples).
-        normalise: divide a task's weights by their mean over the batch, so that they change which samples count, not
+            exp(-lambda (Q - mean Q) / std Q), over the batch: lambda sets the spread of the weights; `constant` 1;
+            `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples of the batch
+            (a control: the same weights on the wrong samples).
+        normalize: divide a task's weights by their mean over the batch, so that they change which samples count, not
             how large the step is. This and `contrast` are the exceptions to "nothing else in the batch".
 
     Raises UserError where there are no critics, or critics of other data, features or ids than the environment's.
@@ -50,43 +50,40 @@ class RlLossPolisher:
     METHODS = POLISH_METHODS
 
     def __init__(self, model: nn.Module | gym.Env[Any, Any], critics: Sequence[nn.Module] | str, lambda_: float = 0.5,
-                 method: str = "full", normalise: bool = False, critic_dir: str | Path = "./chkpt/RL",
+                 method: str = "full", normalize: bool = False, critic_dir: str | Path = "./chkpt/RL",
                  device: torch.device | str = "cpu") -> None:
         if method not in self.METHODS:
             raise ValueError(f"unknown method '{method}': one of {', '.join(self.METHODS)}")
-        self.model = model if isinstance(model, nn.Module) else None
-        if isinstance(critics, str):
-            folder = agent_folder(str(critic_dir), "rt", "TD3BC", critics).folder
-            sessions = None if isinstance(model, nn.Module) else getattr(model.unwrapped, "sessions", None)
-            if sessions is None:
-                raise UserError(f"critics of '{critics}': {type(model).__name__} is no env.MTEnv, whose data they have "
-                                "to fit: give the critics themselves (train.polish.load_critics reads them)")
-            data = sessions.metadata
-            critics = load_critics(folder, data, len(CRITICS), f"train them: python3 RLmain.py --actor_name={critics}",
-                                   device)
         if lambda_ < 0:
             raise ValueError(f"lambda_ is {lambda_}: 0 or more is needed")
-        self.polish_lambda, self.method, self.normalise = lambda_, method, normalise
+        if isinstance(critics, str):
+            critics = _published_critics(model, critics, critic_dir, device)
+        self.model = model if isinstance(model, nn.Module) else None
+        self.polish_lambda, self.method, self.normalize = lambda_, method, normalize
         self.critics = list(critics)
-        self.window = max([0, *map(window_of, self.critics)])  # of the batches that are to be weighted
-        self.digest = weights_digest(*critics)
-        self.seen: list[Tensor] = []
+        self.window = max([0, *(getattr(critic, "window", 0) for critic in self.critics)])  # of the batches to weight
+        self.digest = state_dict_hash(*critics)
+        self._weight_buffer: list[Tensor] = []
+
+    def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
+        """`sample_weights`, which `weight_statistics` summarizes later."""
+        weights = self.sample_weights(categorical_x, numerical_x, labels)
+        self._weight_buffer.append(weights)
+        return weights
 
     @torch.no_grad()
-    def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
-        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T); of windows, where one sees
-        the session."""
-        action = torch.empty(0)
-        if self.method != "constant":
-            if self.model is None:
-                raise ValueError("the polisher has no model whose predictions the critics could judge: sltrain gives "
-                                 "it the one that it trains; by hand: polisher.model = model")
-            was_training = self.model.training
-            action = self.model.eval()(categorical_x, numerical_x)
-            self.model.train(was_training)
-        w = self._weights_of(action, categorical_x, numerical_x, labels)
-        self.seen.append(w)
-        return w
+    def sample_weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
+        """The weights (B, T) of a batch of ids (B, F), numbers (B, N) and labels (B, T); of windows, for critics with
+        an encoder of the session."""
+        if self.method == "constant":
+            return torch.ones_like(labels)
+        if self.model is None:
+            raise ValueError("the polisher has no model whose predictions the critics could evaluate: sltrain gives it "
+                             "the one that it trains; by hand: polisher.model = model")
+        was_training = self.model.training
+        action = self.model.eval()(categorical_x, numerical_x)
+        self.model.train(was_training)
+        return self._weights_of(action, categorical_x, numerical_x, labels)
 
     def polish_loss(self, categorical_fields: Tensor, numerical_fields: Tensor, labels: Tensor,
                     y: Tensor | Sequence[Tensor]) -> Tensor:
@@ -95,153 +92,161 @@ class RlLossPolisher:
         predictions = y if isinstance(y, Tensor) else torch.stack(list(y), dim=1)
         labels = labels[:, : predictions.shape[1]].to(predictions.dtype)
         with torch.no_grad():
-            w = self._weights_of(predictions, categorical_fields, numerical_fields, labels)
-        return (w * F.binary_cross_entropy(predictions, labels, reduction="none")).mean()
+            weights = (torch.ones_like(labels) if self.method == "constant" else
+                       self._weights_of(predictions, categorical_fields, numerical_fields, labels))
+        return (weights * F.binary_cross_entropy(predictions, labels, reduction="none")).mean()
 
     def _weights_of(self, action: Tensor, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
-        if self.method == "constant":
-            w = torch.ones_like(labels)
-        else:
-            if action.ndim != 2 or action.shape[1] != len(self.critics):
-                raise ValueError(f"{len(self.critics)} critics for predictions of shape {tuple(action.shape)}: one "
-                                 "critic a task is needed, and predictions (B, T)")
-            modes = [critic.training for critic in self.critics]
-            q = torch.stack([critic.eval()(categorical_x, numerical_x, action[:, task:task + 1])
-                             for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
-            for critic, was_training in zip(self.critics, modes, strict=True):
-                critic.train(was_training)
-            if self.method == "label":
-                q = labels * q
-            w = -q if self.method == "critic" else 1 - self.polish_lambda * q
-            if self.method == "inverse":
-                w = 1 / w
-            elif self.method.startswith("contrast"):
-                std, mean = torch.std_mean(world.gather([q]), dim=0, correction=0)
-                w = torch.exp(-self.polish_lambda * (q - mean) / std.clamp(min=1e-6))
-            if self.method.endswith("shuffled"):
-                whole = world.gather([w])
-                (w,), _ = world.share([whole[torch.randperm(len(whole), device=w.device)]])
-            if self.normalise:
-                w = w / world.gather([w]).mean(dim=0)
-        return w
+        if action.ndim != 2 or action.shape[1] != len(self.critics):
+            raise ValueError(f"{len(self.critics)} critics for predictions of shape {tuple(action.shape)}: one critic "
+                             "a task is needed, and predictions (B, T)")
+        modes = [critic.training for critic in self.critics]
+        q = torch.stack([critic.eval()(categorical_x, numerical_x, action[:, task:task + 1])
+                         for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
+        for critic, was_training in zip(self.critics, modes, strict=True):
+            critic.train(was_training)
+        if self.method == "label":
+            q = labels[:, : q.shape[1]] * q
+        weights = -q if self.method == "critic" else 1 - self.polish_lambda * q
+        if self.method == "inverse":
+            weights = 1 / weights
+        elif self.method.startswith("contrast"):
+            std, mean = torch.std_mean(distributed.all_gather_rows([q]), dim=0, correction=0)
+            weights = torch.exp(-self.polish_lambda * (q - mean) / std.clamp(min=1e-6))
+        if self.method.endswith("shuffled"):
+            full_batch = distributed.all_gather_rows([weights])
+            (weights,), _ = distributed.shard([full_batch[torch.randperm(len(full_batch), device=weights.device)]])
+        if self.normalize:
+            weights = weights / distributed.all_gather_rows([weights]).mean(dim=0)
+        return weights
 
-    def summary(self, task_names: Sequence[str]) -> dict[str, float]:
-        """Per task: quantiles of the weights since the last call, effective sample size and the share at 1.
+    def weight_statistics(self, task_names: Sequence[str]) -> dict[str, float]:
+        """Per task: quantiles of the weights since the last call, effective sample size and the fraction at 1.
 
-        Effective sample size, as a share of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
+        Effective sample size, as a fraction of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
-        w = world.gather(self.seen).double().cpu().numpy()  # (n, T)
-        self.seen = []
-        figures: dict[str, float] = {}
-        for task, name in enumerate(task_names[: w.shape[1]]):
-            column = w[:, task]
-            for share in (0.05, 0.5, 0.95):
-                figures[f"weight_q{100 * share:02.0f}_{name}"] = float(np.quantile(column, share))
-            figures[f"weight_ess_{name}"] = float(column.sum() ** 2 / (len(column) * (column**2).sum()))
-            figures[f"weight_at_1_{name}"] = float((np.abs(column - 1) < 1e-6).mean())
-        return figures
+        weights = distributed.all_gather_rows(self._weight_buffer).double().cpu().numpy()  # (n, T)
+        self._weight_buffer = []
+        statistics: dict[str, float] = {}
+        for task, name in enumerate(task_names[: weights.shape[1]]):
+            w = weights[:, task]
+            for q in (0.05, 0.5, 0.95):
+                statistics[f"weight_q{100 * q:02.0f}_{name}"] = float(np.quantile(w, q))
+            statistics[f"weight_ess_{name}"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
+            statistics[f"weight_at_1_{name}"] = float((np.abs(w - 1) < 1e-6).mean())
+        return statistics
 
 
-def make_polisher(model: nn.Module, settings: SLArguments, metadata: Mapping[str, Any],
+def make_polisher(settings: SLArguments, data: Mapping[str, Any], model: nn.Module,
                   device: torch.device) -> RlLossPolisher:
-    """Find the critics, read them, and say which they are. Raises UserError where there are none that fit.
+    """Find and load the critics, and print which they are. Raises UserError where there are none that fit.
 
-    metadata: of the model.
+    data: `RetailRocketRLDataset.metadata`.
     """
     if settings.polish_method == "constant":
-        print("control: every weight is 1, no critic is asked")
+        print("control: constant weights (critics unused)")
         return RlLossPolisher(model, [], settings.polish_lambda, "constant")
-    folder, owner = find_critics(settings)
-    print(f"critics of {owner} weight the loss of {settings.model_name}, from {folder}"
-          + ("" if owner == settings.model_name else " (transfer); for critics of its own: "
-             + settings.command("RLmain.py", "actor_name", settings.model_name)))
-    same = {**metadata, "critic_encoder": settings.critics_see,
-            "critic_window": 0 if settings.critics_see == "none" else settings.window}
-    of_actor = folder / "pretrain_actor.pth"
-    if owner == settings.model_name and of_actor.exists():
-        own, theirs = (load_tensors(path, "train it anew")["weights"]
-                       for path in (settings.baseline(owner), of_actor))
-        if own.keys() != theirs.keys() or not all(torch.equal(own[name], theirs[name]) for name in own):
-            print(f"these critics were trained with another baseline of {owner} than today's; for critics of this one: "
-                  + settings.command("RLmain.py", "actor_name", owner))
-    critics = load_critics(folder, same, settings.task_num, "train critics for this data: "
-                           + settings.command("RLmain.py", "actor_name", owner), device)
-    return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalise)
+    owner, directory = find_critics(settings)
+    train_own, train_owners = (settings.suggest_command("RLmain.py", "actor_name", name)
+                               for name in (settings.model_name, owner))
+    print(f"critics of {owner} weight the loss of {settings.model_name}, from {directory}"
+          + ("" if owner == settings.model_name else f" (transfer); for critics of its own: {train_own}"))
+    if owner == settings.model_name and _has_other_baseline(directory, settings.baseline(owner)):
+        print(f"these critics were trained with another baseline of {owner} than today's; for critics of this one: "
+              + train_own)
+    encoder = settings.resolved_critic_encoder
+    expected = {**settings.metadata(settings.model_name, data), "critic_encoder": encoder,
+                "critic_window": 0 if encoder == "none" else settings.window}
+    critics = load_critics(directory, expected, settings.task_num, f"train critics for this data: {train_owners}",
+                           device)
+    return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalize)
 
 
-def load_critics(folder: Path, metadata: Mapping[str, Any], task_num: int, hint: str,
+def find_critics(settings: SLArguments) -> tuple[str, Path]:
+    """The model whose critics weight the loss, and the directory of their agent. Raises UserError where there are none.
+    """
+    for model_name, directory in settings.critic_candidates.items():
+        if all(network_path(directory, critic).exists() for critic in CRITIC_NAMES):
+            return model_name, directory
+    raise UserError(f"{next(iter(settings.critic_candidates.values()))}: no critics there: train them first: "
+                    + settings.suggest_command("RLmain.py", "actor_name", settings.critic_model or "esmm"))
+
+
+def load_critics(directory: Path, metadata: Mapping[str, Any], task_num: int, hint: str,
                  device: torch.device | str = "cpu") -> list[CriticNeg]:
-    """The first `task_num` critics of an agent's folder, of the sizes that their files tell.
+    """The first `task_num` critics of an agent's directory, of the sizes that their files contain.
 
-    Raises UserError, which ends in `hint`, where they are of other data, features, ids or encoders than `metadata`
-    says, or of two runs.
+    Raises UserError, which ends in `hint`, where their data, features, ids or encoders are not those of `metadata`, or
+    where they are of two agents.
     """
     names = ("data", "numerical", "features", "field_dims", "vocabulary", "critic_encoder", "critic_window")
-    same = {name: metadata[name] for name in names if name in metadata}
+    expected = {name: metadata[name] for name in names if name in metadata}
     critics = []
-    for name in CRITICS[:task_num]:
-        path = folder / f"{name}.pth"
+    for name in CRITIC_NAMES[:task_num]:
+        path = network_path(directory, name)
         saved = load_tensors(path, hint)
-        same.setdefault("agent", saved.get("agent"))
-        check_metadata(saved, same, path, hint)
-        critics.append(critic_of(saved, path, hint).to(device))
+        expected.setdefault("agent", saved.get("agent"))
+        check_metadata(saved, expected, path, hint)
+        critics.append(critic_from_file(saved, path, hint).to(device))
     return critics
 
 
-def find_critics(settings: SLArguments) -> tuple[Path, str]:
-    """The folder of the critics of `--critic_from`, else of this model, else of the first model that has some; and
-    whose they are. Raises UserError, naming the command that makes them, where there are none."""
-    def folder(name: str) -> Path:
-        return agent_folder(settings.critic_dir, settings.dataset_name, "TD3BC", settings.critics_name(name)).folder
-
-    if settings.critic_from and settings.critic_from not in MODELS:
-        raise UserError(f"--critic_from: unknown '{settings.critic_from}': one of {', '.join(MODELS)}")
-    wanted = [settings.critic_from] if settings.critic_from else [settings.model_name, "esmm", *MODELS]
-    for name in wanted:
-        if all((folder(name) / f"{critic}.pth").exists() for critic in CRITICS):
-            return folder(name), name
-    raise UserError(f"{folder(wanted[0])}: no critics there: train them first: "
-                    + settings.command("RLmain.py", "actor_name", settings.critic_from or "esmm"))
+def _published_critics(env: nn.Module | gym.Env[Any, Any], actor_name: str, critic_dir: str | Path,
+                       device: torch.device | str) -> list[CriticNeg]:
+    """The critics of an actor that fit an environment's data. Raises UserError."""
+    sessions = None if isinstance(env, nn.Module) else getattr(env.unwrapped, "sessions", None)
+    if sessions is None:
+        raise UserError(f"critics of '{actor_name}': {type(env).__name__} is no env.MTEnv, whose data they have to fit: "
+                        "give the critics themselves (train.polish.load_critics reads them)")
+    return load_critics(agent_dir(critic_dir, "rt", "bc", actor_name), sessions.metadata, len(CRITIC_NAMES),
+                        f"train them: python3 RLmain.py --actor_name={actor_name}", device)
 
 
-def summary(settings: SLArguments, start: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
-            last: Sequence[Metrics], task_names: Sequence[str]) -> str:
-    """A table of test figures: baseline, the controls run with these settings from the same weights `start`, this run
-    (the best epoch on validation) and its last epoch."""
-    rows: dict[str, list[dict[str, float]]] = {"baseline": [one._asdict() for one in baseline]}
-    left_out = []
-    for method in ("constant", "shuffled"):
+def _has_other_baseline(directory: Path, baseline: Path) -> bool:
+    """Whether the agent of a directory started from another baseline than the one in the file. Raises UserError."""
+    actor = network_path(directory, "pretrain_actor")
+    if not actor.exists():
+        return False
+    current, started_from = (load_tensors(path, "train it again")["weights"] for path in (baseline, actor))
+    return current.keys() != started_from.keys() or not all(torch.equal(current[name], started_from[name])
+                                                            for name in current)
+
+
+def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
+                     last: Sequence[Metrics], task_names: Sequence[str]) -> str:
+    """A table of test metrics: the baseline, the finished controls of these settings and initial weights `start`, this
+    run (the best epoch on validation) and its last epoch."""
+    rows, problems = {"baseline": baseline}, []
+    for method in CONTROLS:
         if method != settings.polish_method:
             try:
-                found = _of_control(replace(settings, polish_method=method), start, task_names[: len(baseline)])
-            except UserError as error:  # this run is at its end: its own figures are worth more than the comparison
-                left_out.append(f"control: {method} is left out: {error}")
+                control = _control_metrics(replace(settings, polish_method=method), start, task_names)
+            except UserError as error:  # this run is at its end: its own metrics are worth more than the comparison
+                problems.append(f"control: {method} is skipped: {error}")
                 continue
-            if found:
-                rows[f"control: {method}"] = found
-    rows[f"this run: {settings.polish_method}"] = [one._asdict() for one in polished]
-    rows["  its last epoch"] = [one._asdict() for one in last]
+            if control:
+                rows[f"control: {method}"] = control
+    rows |= {f"this run: {settings.polish_method}": polished, "  its last epoch": last}
     lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}"
-                                             for name in task_names[: len(baseline)])]
-    for title, tasks in rows.items():
-        lines.append(f"{title:<22}" + "".join(
-            f"{one['auc']:>12.4f}{one['logloss']:>10.4f}{one['session_logloss']:>11.4f}" for one in tasks))
+                                             for name in task_names)]
+    lines += [f"{title:<22}" + "".join(f"{task.auc:>12.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}"
+                                       for task in metrics) for title, metrics in rows.items()]
     if "control: constant" not in rows and settings.polish_method != "constant":
-        lines.append("no control yet: a gain over the baseline may come from training longer alone; run the same "
-                     "command with --polish_method=constant")
-    return "\n".join([*lines, *left_out])
+        lines.append("no control run found: a gain over the baseline may be due to the additional training; run the "
+                     "same command with --polish_method=constant")
+    return "\n".join([*lines, *problems])
 
 
-def _of_control(settings: SLArguments, start: str, task_names: Sequence[str]) -> list[dict[str, float]]:
-    """The test figures of a finished control of the same settings and start, hence of the same data; or none.
+def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str]) -> list[Metrics]:
+    """The test metrics of a finished run of these settings and initial weights, hence of the same data; or none.
 
-    Raises UserError where its books cannot be read.
+    Raises UserError where its files cannot be read.
     """
-    run = settings.run
-    if not run.metrics.exists() or not run.config.exists():
+    run_dir = settings.run_dir
+    if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
-    config, free = run.read_config(), ("resume", "device", "critic_from", "critic_dir", "critic_encoder")
+    config, free = run_dir.read_config(), ("resume", "device", "critic_model", "critic_dir", "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []
-    return run.read_test(task_names)
+    return read_test_metrics(run_dir.metrics, task_names)

@@ -1,13 +1,10 @@
-"""Tools of the loops: stoppers, the normaliser of actions, seeds and devices.
+"""Tools of the loops: stopping rules and the action normalizer.
 
-`Catemapper`, `RlLossPolisher` and `get_optim_param`, which are documented here, can be had from here too.
+The documented `Catemapper`, `RlLossPolisher` and `get_optim_param` can be imported from here, too.
 """
 
 from __future__ import annotations
 
-import ctypes
-import random
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dataset.files import UserError, atomic_file
+from common.checkpoint import get_optim_param
+from common.fileio import atomic_file
 from dataset.vocabulary import Catemapper
-from train import world
-from train.checkpoint import get_optim_param
 from train.polish import RlLossPolisher
 
 __all__ = ["ActionNormalizer", "Catemapper", "ConvergeStopper", "EarlyStopper", "RlLossPolisher", "get_optim_param",
-           "pick_device", "restore", "set_seed"]
+           "load_attributes"]
 
 
 class EarlyStopper:
@@ -62,7 +58,7 @@ class EarlyStopper:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        restore(self, state)
+        load_attributes(self, state)
 
 
 class ConvergeStopper:
@@ -98,7 +94,7 @@ class ConvergeStopper:
         return False
 
 
-def restore(stopper: EarlyStopper | ConvergeStopper, state: Mapping[str, Any]) -> None:
+def load_attributes(stopper: EarlyStopper | ConvergeStopper, state: Mapping[str, Any]) -> None:
     """Give a stopper its attributes back. Raises ValueError where they are others, or of other types."""
     def kind(value: Any) -> type:
         return float if isinstance(value, float) else type(value)  # numpy's floats are floats
@@ -122,43 +118,3 @@ class ActionNormalizer(gym.wrappers.RescaleAction[Any, Any, Any]):
         """The action in [-1, 1] that becomes `action` of the environment within."""
         low, high = self.env.action_space.low, self.env.action_space.high  # type: ignore[attr-defined]
         return 2.0 * (action - low) / (high - low) - 1.0
-
-
-def set_seed(seed: int, *more: int) -> None:
-    """Seed python, numpy and torch with a function of the numbers given, such as (seed, epoch)."""
-    mixed = int(np.random.SeedSequence([seed, *more]).generate_state(1, np.uint64)[0])
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)  # noqa: NPY002 -- for code of others that draws from the global one
-    torch.manual_seed(mixed % 2**63)
-
-
-def pick_device(name: str, precision: str = "float32") -> torch.device:
-    """Give the device of that name; `auto` is the best there is. Raises UserError where it cannot be used.
-
-    precision: of matrix products from now on (`tf32`, `bf16`: rounded factors, sums in float32).
-    """
-    torch.set_float32_matmul_precision({"float32": "highest", "tf32": "high", "bf16": "medium"}[precision])
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device: '{name}' cannot be used here: {reason} (try --device=cpu)") from error
-    if device.type == "cpu":
-        _keep_freed_memory()
-    return world.join(device)
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc to reuse large freed blocks at once instead of returning them to the system.
-
-    Training frees and allocates the same activations every step; fetching their pages anew each time costs up to half
-    of it. Other C libraries have no such switch, and are left as they are.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)

@@ -1,0 +1,69 @@
+"""The commands themselves on damaged files: exit code 0, or 2 with one line that names the file, and no traceback."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import corruption
+import pytest
+from conftest import COUNTS, run
+
+from dataset.prepare import prepare
+from dataset.simulate import SimulationConfig, simulate
+
+SIZES = ("--embed_dim=4", "--epoch=1", "--device=cpu")
+SL = ("SLmain.py", "--model_name=esmm", *SIZES)
+RL = ("RLmain.py", *SIZES, "--epoch_updates=2", "--init_episode=10", "--batch_size=32")
+POLISH = (*SL, "--polish=1")
+CONSTANT = (*POLISH, "--polish_method=constant")
+PREPARE = ("dataset.prepare", "--raw=raw", "--out=out")
+CONTROL = "chkpt/SL/rt_esmm/rt_esmm_1.0_constant"
+READERS: dict[str, tuple[str, ...]] = {  # file -> the command that reads it
+    **{f"raw/{name}": PREPARE for name in ("events.csv", "item_properties_part1.csv", "category_tree.csv", "truth.csv",
+                                           "simulation.json")},
+    **{f"dataset/rt/{name}": SL for name in ("train.csv", "test.csv", "item_feadf.csv", "truth.csv", "manifest.json")},
+    "pretrain/rt_esmm.pt": RL, "pretrain/memory.npz": RL, "chkpt/RL/res_TD3BC_esmm/critic1.pth": POLISH,
+    "chkpt/SL/rt_esmm/state.pt": (*SL, "--resume"), "chkpt/RL/res_TD3BC_esmm/state.pt": (*RL, "--resume"),
+    f"{CONTROL}/config.json": POLISH, f"{CONTROL}/metrics.csv": POLISH}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder in which every command has been run."""
+    folder = tmp_path_factory.mktemp("commands")
+    simulate(folder / "raw", SimulationConfig(events=1500, items=80, property_rows=100, seed=1))
+    prepare(folder / "raw", folder / "dataset" / "rt")
+    for flags in (SL, RL, CONSTANT):
+        done = run(folder, *flags)
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("file", READERS)
+def test_a_command_on_a_damaged_file(world: Path, tmp_path: Path, file: str, number: int) -> None:
+    rng = random.Random(zlib.crc32(f"{file} {number}".encode()))
+    folder = tmp_path / "work"
+    shutil.copytree(world, folder)
+    path = folder / file
+    content = path.read_bytes()
+    damaged = (corruption.damage_table(rng, content) if path.suffix == ".csv" else
+               corruption.damage_json(rng, content) if path.suffix == ".json" else
+               rng.choice(corruption.BYTES)(rng, content))
+    path.unlink()
+    if damaged is corruption.FOLDER:
+        path.mkdir()
+    else:
+        path.write_bytes(damaged)
+    done = run(folder, *READERS[file])
+    said = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode in (0, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        assert len(said) == 1, done.stderr
+        assert said[0].startswith("error: ")
+    COUNTS.append(f"command on damaged {file}: " + (said[0][:100] if done.returncode else "loaded"))

@@ -1,0 +1,239 @@
+"""Numbers that are none, critics that diverge, labels that leak: each is told in one line, with the names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import complaint
+from torch import Tensor, nn
+
+import SLmain
+from agents import DDPG_ESMM_BC, ReplayBuffer
+from common.checkpoint import load_tensors
+from common.finite import NonFiniteMonitor, first_nonfinite_tensor
+from dataset.loader import TensorLoader
+from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.vocabulary import encode_splits
+from RLmain import main as train_critics
+from slmodels import build
+from train import run as loops
+from train.Arguments import RLArguments
+from train.metrics import auc_leakage_warnings, feature_leakage_warnings
+from train.offline_rl import return_bound
+from train.run import bce_loss, sltrain
+
+SL = {"embed_dim": 8, "epoch": 3, "batch_size": 512, "device": "cpu"}
+RL = {"embed_dim": 8, "epoch": 4, "epoch_updates": 10, "init_episode": 50, "batch_size": 64, "device": "cpu",
+      "converge_tolerance": 0.0}
+
+
+@pytest.fixture
+def here(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def split(rt_tables: Path) -> RetailRocketRLDataset:
+    splits = load_splits(rt_tables)
+    encode_splits(splits, 0.2)
+    return splits.train
+
+
+# ------------------------------------------------------------------------------------------------------ losses, weights
+
+
+def test_the_first_bad_loss_is_remembered_and_told_when_asked() -> None:
+    losses = [[1.0, 2.0], [1.0, float("nan")], [float("inf"), 1.0]]
+    watch = NonFiniteMonitor("cpu", 100)
+    assert watch.see(1, torch.tensor(losses[0])) is None
+    assert watch.see(2, torch.tensor(losses[1])) == (1, 2)
+    seldom = NonFiniteMonitor("cpu", 100)
+    seldom.interval = 100  # as on a GPU, which is not waited for at every step
+    assert [seldom.see(step, torch.tensor(one)) for step, one in enumerate(losses, start=1)] == [None] * 3
+    assert seldom.see(4, torch.tensor(losses[0]), last=True) == (1, 2)
+
+
+@pytest.mark.parametrize(("p", "y"), [(0.3, 1.0), (1.0, 0.0), (0.0, 1.0), (1e-9, 0.0), (0.0, 0.0)])
+def test_the_loss_and_its_gradient_are_torchs(p: float, y: float) -> None:
+    mine, torchs = (torch.tensor([p], requires_grad=True) for _ in range(2))
+    loss, expected = bce_loss(mine, torch.tensor([y])), nn.BCELoss(reduction="none")(torchs, torch.tensor([y]))
+    loss.sum().backward()
+    expected.sum().backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(mine.grad, torchs.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_prediction_that_is_no_number_has_a_loss_that_is_none(value: float) -> None:
+    assert torch.isnan(bce_loss(torch.tensor([[0.5, value]]), torch.ones(1, 2))).tolist() == [[False, True]]
+
+
+class Weights:
+    """A polisher whose weights are wrong for one task."""
+
+    digest = ""
+
+    def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
+        return torch.ones_like(labels) * torch.tensor([1.0, float("inf")])
+
+    def summary(self, task_names: object) -> dict[str, float]:
+        return {}
+
+
+def test_training_stops_at_the_batch_and_names_task_and_tensor(split: RetailRocketRLDataset) -> None:
+    model = build("esmm", split.field_dims, split.numerical_num, 8, [16, 8], [8], 2, 4, 0.2)
+    loader = TensorLoader(split, 256, seed=1)
+    loader.epoch = 7
+
+    def train(**more: Weights) -> None:
+        sltrain(model, torch.optim.SGD(model.parameters(), 0.1), loader, bce_loss, "cpu", **more)
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    text = complaint(lambda: train(polisher=Weights()))
+    assert "the loss of task 1 is no number at epoch 7, step 1 (NaN or infinity in the critics' weights)" in text
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), "no step was made"
+
+    bad_row = int(np.random.default_rng([1, 7]).permutation(len(split))[256 * 3 + 5])  # of the fourth batch
+    loader.tensors[1][bad_row, 2] = float("nan")
+    try:
+        text = complaint(train)
+    finally:
+        loader.tensors[1][bad_row, 2] = 0.0
+    assert "the loss of task 0 is no number at epoch 7, step 4 (NaN or infinity in numerical_x)" in text
+
+    with torch.no_grad():
+        model.towers[1].output.bias.fill_(float("nan"))  # type: ignore[union-attr, index, operator]
+    text = complaint(train)
+    assert "the loss of task 1 is no number at epoch 7, step 1 (NaN or infinity in towers.1.output.bias)" in text
+
+
+def test_a_weight_that_is_no_number_is_found_though_no_loss_shows_it() -> None:
+    one, two = nn.Linear(2, 2), nn.BatchNorm1d(2)
+    assert first_nonfinite_tensor({"one": one, "two": two}) == ""
+    two.running_var[1] = float("inf")  # type: ignore[index]
+    assert first_nonfinite_tensor({"one": one, "two": two}) == "two.running_var"
+    assert first_nonfinite_tensor({"": two}) == "running_var"
+
+
+def test_the_last_good_epoch_of_a_run_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers go wrong in the second epoch: state and model are those of the first, and --resume goes on from there."""
+    losses = loops._losses
+    epochs: list[int] = []
+
+    def spoiled(model: nn.Module, *batch: Tensor) -> Tensor:
+        epochs.append(1)
+        return losses(model, *batch) * (float("nan") if len(epochs) == 8 else 1.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loops, "_losses", spoiled)
+    text = complaint(lambda: SLmain.main(**SL))
+    assert "at epoch 2, step 2 (NaN or infinity in predictions)" in text
+    state = load_tensors(here / "chkpt/SL/rt_esmm/state.pt", "")
+    assert state["epoch"] == 1
+    saved = load_tensors(here / "chkpt/SL/rt_esmm/rt_esmm_0.0.pt", "")["weights"]
+    assert all(torch.equal(saved[name], tensor) for name, tensor in state["model"].items())
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    SLmain.main(**SL, resume=True)
+
+
+# ------------------------------------------------------------------------------------------------------- replay memory
+
+
+@pytest.mark.parametrize(("name", "told"), [("reward", "the reward of transition 5, task 1, is nan"),
+                                            ("action", "the action of transition 5, task 1, is nan"),
+                                            ("state", "the state of transition 5, column 1, is nan")])
+def test_what_is_no_number_is_not_stored(name: str, told: str) -> None:
+    memory = ReplayBuffer(3, 2, 10, 2)
+    rows = {"state": np.zeros((4, 3), np.float32), "action": np.zeros((4, 2), np.float32),
+            "next_state": np.zeros((4, 3), np.float32), "reward": np.zeros((4, 2), np.float32),
+            "done": np.zeros(4), "label": np.zeros((4, 2), np.float32)}
+    memory.store(**rows)
+    rows[name][1, 1] = float("nan")
+    assert told in complaint(lambda: memory.store(**rows))
+    assert len(memory) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------- critics
+
+
+def test_no_return_is_beyond_the_bound() -> None:
+    assert return_bound(-1.0, 0.0, 10) == 1.0
+    assert return_bound(-2.0, 0.9, 1000) == pytest.approx(20.0)
+    assert return_bound(-2.0, 1.0, 10) == 22.0
+    assert return_bound(-2.0, 0.99, 4) == 10.0
+
+
+@pytest.fixture
+def trained(here: Path) -> Path:
+    SLmain.main(**{**SL, "epoch": 1})
+    return here
+
+
+@pytest.mark.parametrize("reward_type", ["bce", "norm"])
+def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: Path, reward_type: str,
+                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**RL, "reward_type": reward_type, "refill": True}
+    train_critics(RLArguments(**settings))
+    monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, critic, target, batch: torch.full_like(
+        batch["done"], -1e4 * (self.updates >= 20)))
+    text = complaint(lambda: train_critics(RLArguments(**settings, critic_lr=0.1)))
+    assert re.search(r"critic 1 \(task 0\) diverged in epoch 3: its mean \|Q\| is \S+, its loss \S+, but no return is "
+                     rf"beyond {return_bound(float(np.log(1e-4)) if reward_type == 'bce' else 1.0, 0.9, 400):.3g}",
+                     text), text
+    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/state.pt", "")["epoch"] == 2
+
+
+def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = DDPG_ESMM_BC.td3_target
+    monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, *rest: target(self, task, *rest) * (
+        float("inf") if task == 1 and self.updates == 12 else 1.0))
+    text = complaint(lambda: train_critics(RLArguments(**RL)))
+    assert text.startswith("the loss of critic2 (task 1) is inf at update 13 (NaN or infinity in Q or the target, of ")
+    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/state.pt", "")["epoch"] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- leaks
+
+
+def test_a_feature_that_knows_the_label_is_named(split: RetailRocketRLDataset) -> None:
+    assert feature_leakage_warnings(split, "training", ["CTR", "CTCVR"]) == []
+    whole = split.numerical.copy()
+    try:
+        split.numerical[:, 4] = -split.labels[:, 1]  # the other way round is a leak, too
+        found = feature_leakage_warnings(split, "training", ["CTR", "CTCVR"])
+        assert found == ["warning: CTCVR: the feature 'last_pay' alone has AUC 0.0000 on the training split: does it "
+                         "know the label?"]
+    finally:
+        split.numerical[:] = whole
+
+
+def test_an_auc_that_is_too_good_is_warned_about() -> None:
+    assert auc_leakage_warnings([0.85, float("nan")], "test", ["CTR", "CTCVR"]) == []
+    assert auc_leakage_warnings([0.5, 0.995], "test", ["CTR", "CTCVR"]) == [
+        "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: does a feature know the label?"]
+
+
+def test_a_leak_is_told_by_a_run_and_an_honest_run_says_nothing(here: Path, capsys: pytest.CaptureFixture[str],
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label of a row among its own numbers, as a wrong join would put it there."""
+    SLmain.main(**{**SL, "epoch": 1})
+    assert "warning" not in capsys.readouterr().out
+    honest = loops.load_splits
+
+    def leaking(*args: object) -> object:
+        splits = honest(*args)  # type: ignore[arg-type]
+        for one in (splits.train, splits.val, splits.test):
+            one.numerical[:, 3] = one.labels[:, 0]
+        return splits
+
+    monkeypatch.setattr(loops, "load_splits", leaking)
+    SLmain.main(**{**SL, "epoch": 8, "learning_rate": 0.01})
+    said = capsys.readouterr().out
+    for split_name in ("training", "validation", "test"):
+        assert f"warning: CTR: the feature 'last_click' alone has AUC 1.0000 on the {split_name} split" in said
+    assert re.search(r"warning: CTR: AUC (0\.99\d\d|1\.0000) on the test split is above 0\.99", said)

@@ -1,0 +1,354 @@
+"""Filling the memory, training to convergence, judging, resuming; by hand and on the simulated sessions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import complaint
+from numpy.typing import NDArray
+from test_agents import make_agent, same, uniform, weights
+from test_env import REWARDS, handmade
+
+from agents import DDPG_ESMM, DDPG_ESMM_BC
+from common.run_dir import RunDirectory
+from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.vocabulary import encode_splits
+from env import MTEnv, RewardType, compute_reward
+from train.offline_rl import (
+    collect_transitions,
+    discounted_returns,
+    evaluate_critics,
+    one_iter_offline,
+    plot_loss,
+    rank_correlation,
+    train_and_test_offline,
+)
+from train.offline_rl import test as play_test_sessions
+from train.utils import ConvergeStopper
+
+
+@pytest.fixture(scope="module")
+def data(rt_tables: Path) -> tuple[RetailRocketRLDataset, RetailRocketRLDataset]:
+    """The simulated training and validation splits with their ids."""
+    splits = load_splits(rt_tables)
+    encode_splits(splits, 0.2)
+    return splits.train, splits.val
+
+
+Data = tuple[RetailRocketRLDataset, RetailRocketRLDataset]
+
+
+def test_discounted_returns_by_hand() -> None:
+    rewards = np.float32([[-1, 0], [-2, -4], [-3, -1], [-5, -7], [-8, 0]])
+    starts, ends = np.array([0, 3, 4]), np.array([2, 3, 4])
+    expected = [[-1 - 1 - 0.75, -2 - 0.25], [-2 - 1.5, -4 - 0.5], [-3, -1], [-5, -7], [-8, 0]]
+    np.testing.assert_allclose(discounted_returns(rewards, starts, ends, 0.5), expected)
+    np.testing.assert_array_equal(discounted_returns(rewards, starts, ends, 0.0), rewards)
+    assert rewards[0, 0] == -1, "the rewards are left as they are"
+
+
+def as_counter(*columns: NDArray[Any]) -> Counter[tuple[float, ...]]:
+    return Counter(map(tuple, np.hstack([column.reshape(len(column), -1) for column in columns]).tolist()))
+
+
+@pytest.mark.parametrize("lanes", [1, 7, 4096])
+@pytest.mark.parametrize("reward_type", REWARDS)
+def test_each_logged_transition_is_stored_exactly_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int,
+                                                       reward_type: RewardType) -> None:
+    monkeypatch.setattr(offline, "NUM_ENVS", lanes)
+    dataset = handmade([3, 1, 2, 5, 1, 4, 2])
+    agent = make_agent(tmp_path, dataset, reward_type=reward_type)
+    assert one_iter_offline(agent) == len(agent.memory) == len(dataset)
+    stored = {name: value[: len(dataset)] for name, value in agent.memory.data.items()}
+    states, ends = agent.env.sessions.states, agent.env.sessions.index.ends
+    rows = np.arange(len(dataset))
+    done = np.isin(rows, ends)
+    assert as_counter(stored["state"], stored["next_state"], stored["done"], stored["label"]) == as_counter(
+        states, states[np.where(done, rows, rows + 1)], done.astype(np.float32), dataset.labels)
+    np.testing.assert_array_equal(stored["reward"], compute_reward(stored["action"], stored["label"], reward_type))
+    assert ((stored["action"] >= 0) & (stored["action"] <= 1)).all()
+
+
+@pytest.mark.parametrize("lanes", [2, 4096])
+def test_chosen_sessions_are_stored_as_often_as_they_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                 lanes: int) -> None:
+    monkeypatch.setattr(offline, "NUM_ENVS", lanes)
+    agent = make_agent(tmp_path, handmade([3, 1, 2]))
+    assert collect_transitions(agent, lambda state: np.full((len(state), 2), 0.5, np.float32), np.array([2, 0, 2, 2])) == 9
+    assert Counter(agent.memory.data["state"][:9, 2].tolist()) == {0: 1, 1: 1, 2: 1, 4: 3, 5: 3}
+
+
+def trained(folder: Path, data: Data, epoch: int, cls: type[DDPG_ESMM] = DDPG_ESMM_BC, resume: bool = False,
+            change: Callable[[DDPG_ESMM], None] = lambda agent: None,
+            **more: Any) -> tuple[DDPG_ESMM, list[dict[str, Any]]]:
+    """A small run into `folder`: the same seed, hence the same baseline."""
+    torch.manual_seed(11)
+    folder.mkdir(exist_ok=True)
+    hyparams = {name: more.pop(name) for name in ("critic_lr", "reward_type") if name in more}
+    agent = make_agent(folder, data[0], cls, memory_size=20_000, batch_size=32, init_training_step=2, **hyparams)
+    change(agent)
+    rows = train_and_test_offline(MTEnv(data[1]), agent, epoch, 50, str(folder), str(folder / "memory.npz"),
+                                  seed=3, epoch_updates=8, resume=resume,
+                                  **{"stopper": ConvergeStopper(num_trials=3, tolerance=1e-6), **more})
+    return agent, rows
+
+
+def test_uniform_actions_cover_the_unit_interval_before_the_pass_over_the_log(
+        tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    agent, _ = trained(tmp_path, data, 1)
+    uniform_rows = len(agent.memory) - len(data[0])
+    assert uniform_rows >= 100, "50 sessions of 2 impressions and more"
+    actions = agent.memory.data["action"][: len(agent.memory)]
+    for task in range(2):
+        counts, _ = np.histogram(actions[:uniform_rows, task], bins=4, range=(0, 1))
+        assert counts.min() > uniform_rows / 8
+    rewards = agent.memory.data["reward"][: len(agent.memory)]
+    labels = agent.memory.data["label"][: len(agent.memory)]
+    np.testing.assert_array_equal(rewards, compute_reward(actions, labels, "bce"))
+    assert "50 sessions of uniform actions" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
+def test_the_same_seed_gives_the_same_memory_losses_and_critics(tmp_path: Path, data: Data,
+                                                                cls: type[DDPG_ESMM]) -> None:
+    (one, rows), (other, other_rows) = (trained(tmp_path / name, data, 2, cls) for name in ("one", "other"))
+    np.testing.assert_array_equal(one.memory.storage, other.memory.storage)
+    assert rows == other_rows
+    for name, network in one.networks().items():
+        assert same(weights(network), weights(other.networks()[name])), name
+    assert same(weights(one.actor), weights(one.pretrain_actor)) == (cls is DDPG_ESMM_BC)
+
+
+@pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
+def test_an_interrupted_run_that_is_resumed_ends_as_the_undisturbed_one(tmp_path: Path, data: Data,
+                                                                        cls: type[DDPG_ESMM]) -> None:
+    whole, rows = trained(tmp_path / "whole", data, 4, cls)
+    trained(tmp_path / "parts", data, 2, cls)
+    again, again_rows = trained(tmp_path / "parts", data, 4, cls, resume=True)
+    assert [row["epoch"] for row in again_rows] == [1, 2, 3, 4]
+    assert again_rows == rows
+    for name, network in whole.networks().items():
+        assert same(weights(network), weights(again.networks()[name])), name
+    metrics = (tmp_path / "whole" / "metrics.csv").read_bytes()
+    assert (tmp_path / "parts" / "metrics.csv").read_bytes() == metrics
+
+
+def test_resuming_refuses_other_settings_and_a_fresh_start_keeps_the_old_state(tmp_path: Path, data: Data) -> None:
+    trained(tmp_path, data, 1, settings={"gamma": 0.9})
+    text = complaint(lambda: trained(tmp_path, data, 2, resume=True, settings={"gamma": 0.5}))
+    assert "--gamma" in text
+    trained(tmp_path, data, 1)
+    assert (tmp_path / "state.previous.pt").exists()
+
+
+def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Data,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    """Every change is less than 1000 %: after the first epoch two more are enough."""
+    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=2, tolerance=10.0))
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    said = capsys.readouterr().out
+    assert "converged in epoch 3: the critic loss changed by less than 1000.0% for 2 epochs" in said
+    trained(tmp_path, data, 2)
+    assert "stopped after epoch 2, the last one (--epoch)" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_resumed_without_a_further_epoch(tmp_path: Path, data: Data) -> None:
+    _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0))
+    agent, again = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0), resume=True)
+    assert again == rows
+    assert agent.updates == 8 * len(rows)
+
+
+def kill_critic(agent: DDPG_ESMM) -> None:
+    """Critic 2 and its target: -1000 before the ReLU for every state."""
+    with torch.no_grad():
+        for critic in (agent.critic2, agent.critic2_target):
+            assert critic.tower.output is not None
+            critic.tower.output.bias.fill_(-1000.0)
+
+
+def test_a_dead_critic_is_revived_with_a_message(tmp_path: Path, data: Data,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    agent, rows = trained(tmp_path, data, 4, change=kill_critic)
+    said = capsys.readouterr().out
+    assert said.count("critic 2 is dead (0 for 100% of the states): revived") == 1
+    assert "critic 1 is dead" not in said
+    assert rows[0]["zero_share_1"] == 1
+    assert rows[0]["zero_share_0"] < 0.99
+    assert rows[-1]["zero_share_1"] < 0.99
+    assert evaluate_critics(MTEnv(data[1]), agent)["zero_share_1"] < 0.99
+
+
+def test_a_critic_that_stays_dead_fails_the_run(tmp_path: Path, data: Data) -> None:
+    def for_good(agent: DDPG_ESMM) -> None:
+        kill_critic(agent)
+        for critic in (agent.critic2, agent.critic2_target):
+            critic.revive = lambda: None  # type: ignore[method-assign]
+
+    text = complaint(lambda: trained(tmp_path, data, 50, change=for_good))
+    assert "critic 2 is dead" in text
+    assert "100%" in text
+
+
+def test_a_dead_critic_at_the_last_epoch_is_not_handed_out_as_good(tmp_path: Path, data: Data) -> None:
+    """Reviving at the very end would leave an untrained critic: the run fails, and hands none out."""
+    text = complaint(lambda: trained(tmp_path, data, 1, change=kill_critic))
+    assert "critic 2 is dead" in text
+    assert "no epoch is left" in text
+    assert not (tmp_path / "critic2.pth").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_with_one_line(tmp_path: Path, data: Data) -> None:
+    def spoil(agent: DDPG_ESMM) -> None:
+        with torch.no_grad():
+            agent.critic1.first.weight.fill_(float("nan"))
+
+    text = complaint(lambda: trained(tmp_path, data, 2, change=spoil))
+    assert "critic1" in text
+    assert "nan" in text
+    assert "--critic_lr" in text
+    assert not (tmp_path / "critic1.pth").exists()
+
+
+def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
+        tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
+    first, _ = trained(tmp_path, data, 1)
+    stamp = (tmp_path / "memory.npz").stat().st_mtime_ns
+    assert "filled with" in capsys.readouterr().out
+    second, _ = trained(tmp_path, data, 1)
+    assert "filled with" not in capsys.readouterr().out
+    assert (tmp_path / "memory.npz").stat().st_mtime_ns == stamp
+    np.testing.assert_array_equal(first.memory.storage, second.memory.storage)
+    text = complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+    assert "another reward type" in text
+    trained(tmp_path, data, 1, reward_type="norm", refill=True)
+    assert "filled with" in capsys.readouterr().out
+
+
+def test_a_memory_that_held_something_is_filled_anew(tmp_path: Path, data: Data,
+                                                     capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written under the agent's name is what such an agent fills, not what it happened to hold before."""
+    clean, _ = trained(tmp_path / "clean", data, 1)
+    held, _ = trained(tmp_path / "held", data, 1, change=uniform)
+    assert f"the {len(data[0]):,} transitions that the memory held are left out" in capsys.readouterr().out
+    assert len(held.memory) == len(clean.memory)
+    with np.load(tmp_path / "clean/memory.npz") as one, np.load(tmp_path / "held/memory.npz") as other:
+        np.testing.assert_array_equal(one["action"], other["action"])
+
+
+def test_a_memory_that_was_read_trains_as_the_one_that_was_filled(tmp_path: Path, data: Data) -> None:
+    first, rows = trained(tmp_path, data, 2)
+    second, again = trained(tmp_path, data, 2)
+    assert rows == again
+    assert same(weights(first.critic1), weights(second.critic1))
+
+
+# ----------------------------------------------------------------------------------------------------------- judging
+
+
+def answers(values: dict[str, NDArray[Any]]) -> Callable[[MTEnv, DDPG_ESMM], dict[str, NDArray[Any]]]:
+    """A `rollout` whose Q is what the test says."""
+    def played(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
+        return values
+
+    return played
+
+
+def test_the_exact_q_has_no_td_error_and_ranks_perfectly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sessions whose rewards are known: Q = the discounted return."""
+    agent = uniform(make_agent(tmp_path, handmade([3, 1, 2, 5], [[row % 2, row % 3 == 0] for row in range(11)])))
+    played = offline.rollout(agent.env, agent)
+    exact = played._replace(q=played.returns)
+    monkeypatch.setattr(offline, "rollout", answers(exact))
+    figures = evaluate_critics(agent.env, agent)
+    for task in range(2):
+        assert figures[f"td_error_{task}"] == pytest.approx(0, abs=1e-12)
+        assert figures[f"rank_correlation_{task}"] == pytest.approx(1)
+        assert figures[f"zero_share_{task}"] == 0
+    assert figures["score"] == pytest.approx(float(played.reward.sum()) / 4, rel=1e-5)
+
+    monkeypatch.setattr(offline, "rollout", answers(played._replace(q=-played.returns)))
+    assert evaluate_critics(agent.env, agent)["rank_correlation_0"] == pytest.approx(-1)
+    monkeypatch.setattr(offline, "rollout", answers(played._replace(q=np.zeros((11, 2)))))
+    figures = evaluate_critics(agent.env, agent)
+    assert figures["zero_share_1"] == 1
+    assert figures["rank_correlation_1"] == 0
+    assert figures["td_error_1"] == pytest.approx(float((played.reward[:, 1] ** 2).mean()))
+
+
+def test_rank_correlation_is_spearmans() -> None:
+    assert rank_correlation(np.array([1.0, 2, 3, 4]), np.array([1.0, 8, 27, 64])) == pytest.approx(1)
+    assert rank_correlation(np.array([1.0, 2, 3, 4]), np.array([2.0, 1, 4, 3])) == pytest.approx(0.6)
+    assert rank_correlation(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])) == 0
+
+
+def test_play_gives_what_single_steps_through_the_environment_give(tmp_path: Path) -> None:
+    dataset = handmade([3, 1, 2])
+    agent, env = make_agent(tmp_path, dataset), MTEnv(dataset, is_test=True)
+    played, row = offline.rollout(env, agent), 0
+    for length in (3, 1, 2):
+        state, _ = env.reset()
+        rewards = []
+        for _ in range(length):
+            action = agent.select_action(state, noise=False)
+            np.testing.assert_allclose(action, played.action[row], rtol=1e-5)
+            state, reward, _, _, _ = env.step(action)
+            rewards.append(reward)
+            np.testing.assert_allclose(reward, played.reward[row], rtol=1e-4)
+            row += 1
+        discounted = sum(0.9**t * reward for t, reward in enumerate(rewards))
+        np.testing.assert_allclose(played.returns[row - length], discounted, rtol=1e-4)
+
+
+def test_the_dynamic_evaluation_reads_the_saved_agent(tmp_path: Path, data: Data,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    agent, _ = trained(tmp_path, data, 1, DDPG_ESMM)
+    env = MTEnv(data[1], is_test=True)
+    expected = float(offline.rollout(env, agent).score)
+    with torch.no_grad():
+        for one in agent.actor.parameters():
+            one.zero_()
+    figures = play_test_sessions(env, agent, str(tmp_path))
+    assert figures["score"] == pytest.approx(expected)
+    said = capsys.readouterr().out
+    for task in range(2):
+        line = f"task {task}, AUC {figures[f'auc_{task}']}, Log-loss {figures[f'logloss_{task}']}"
+        assert line in said
+        assert figures[f"auc_{task}"] != 0.5, "the zeroed actor would reach that"
+
+
+def test_losses_are_drawn_into_a_png(tmp_path: Path) -> None:
+    figures = ("score", "closs1", "closs2", "aloss", "aloss_reg", "rank_correlation_0", "rank_correlation_1")
+    plot_loss([dict.fromkeys(figures, 0.5), dict.fromkeys(figures, 0.25)], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_a_run_leaves_its_books(tmp_path: Path, data: Data) -> None:
+    trained(tmp_path, data, 2)
+    run = RunDirectory(tmp_path, tmp_path.name)
+    lines = run.metrics.read_text().splitlines()
+    assert len(lines) == 3
+    assert {"epoch", "closs1", "closs2", "aloss", "aloss_reg", "score", "td_error_0", "rank_correlation_1",
+            "zero_share_0"} <= set(lines[0].split(","))
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    assert run.state.exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_refused_memory_leaves_an_earlier_runs_files_alone(tmp_path: Path, data: Data) -> None:
+    """The refusal comes before anything is set aside, however often the run is tried."""
+    trained(tmp_path, data, 1)
+    baseline = "rt_esmm.pt"  # written by the helper of these tests
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != baseline}
+    for _ in range(2):
+        assert "another reward type" in complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+    with pytest.raises(ValueError, match="at least 1"):
+        trained(tmp_path, data, 0)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    assert not list(tmp_path.glob("*.previous.*"))
