@@ -274,7 +274,7 @@ def test_the_real_sample(tmp_path: Path) -> None:
 
 
 def test_the_page_on_ones_own_log_can_be_followed(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs" / "own-data.md").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "custom-dataset.md").read_text(encoding="utf-8")
     (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     commands = re.findall(r"^    python3 (.*)$", page, re.MULTILINE)
     assert len(commands) == 4
