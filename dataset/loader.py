@@ -66,7 +66,7 @@ class TensorLoader:
             inverse = pd.factorize(inverse * len(values) + codes)[0]
         row_id, start, rows = inverse + 1, self.row_start.cpu().numpy(), np.arange(len(ids))
         for offset in range(1, self.window):
-            earlier = np.where(rows - offset >= start, row_id[rows - offset], 0)  # 0: padding
+            earlier = np.where(rows - offset >= start, row_id[np.maximum(rows - offset, 0)], 0)  # 0: padding
             inverse = pd.factorize(inverse * (len(ids) + 1) + earlier)[0]
         unique = np.unique(inverse, return_index=True)[1]
         return torch.from_numpy(unique).to(ids.device), torch.from_numpy(inverse).to(ids.device)

@@ -374,7 +374,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(here: Path, c
     (here / blocked).write_text("a file, not a folder")
     text = complaint(lambda: main(**TINY))
     assert text.startswith(blocked)
-    assert "cannot be written" in text
+    assert "cannot write" in text
     assert "epoch 1" not in capsys.readouterr().out
 
 
