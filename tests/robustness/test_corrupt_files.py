@@ -42,11 +42,11 @@ from common.checkpoint import load_weights
 from common.errors import UserError
 from common.fileio import CHECKSUM_LENGTH, CHECKSUM_PREFIX, sha256
 from common.run_dir import RunDirectory
-from dataset.kuairand import LOG_KINDS, USER_FIELDS, VIDEO_FIELDS
+from dataset.kuairand import LOG_SCHEMA, USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
-from dataset.retailrocket import EVENT_KINDS, EVENTS, PROPERTIES, PROPERTY_KINDS
+from dataset.retailrocket import EVENT_SCHEMA, EVENTS, PROPERTIES, PROPERTY_SCHEMA
 from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits
-from dataset.simulate import TRUTH_KINDS, SimulationConfig, simulate
+from dataset.simulate import GROUND_TRUTH_SCHEMA, SimulationConfig, simulate
 from dataset.tables import SPLITS
 from dataset.vocabulary import Catemapper, encode_splits
 from layers import CriticNeg
@@ -145,8 +145,8 @@ def printed() -> str:
 
 
 def read_retailrocket(case: Case) -> None:
-    events = plain_of(case, "events.csv", EVENT_KINDS)
-    parts = [plain_of(case, f"item_properties_part{number}.csv", PROPERTY_KINDS, empty=True) for number in (1, 2)]
+    events = plain_of(case, "events.csv", EVENT_SCHEMA)
+    parts = [plain_of(case, f"item_properties_part{number}.csv", PROPERTY_SCHEMA, empty=True) for number in (1, 2)]
     tree = plain_of(case, "category_tree.csv", TREE_KINDS)
     stems = ("events", "item_properties_part1", "item_properties_part2", "category_tree")
     damaged = dict(zip(stems, (events, *parts, tree), strict=True))[case.path.name.split(".")[0]]
@@ -165,8 +165,8 @@ def read_retailrocket(case: Case) -> None:
         out = prepared(case)
     assert expected is not None
     assert read_csv_rows(out) == expected
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
-    shown(printed(), case.path, damaged.words, "cells taken for empty that say NULL, NA or nan, or are blank")
+    shown(printed(), case.path, damaged.blank_lines, "blank lines skipped")
+    shown(printed(), case.path, damaged.words, "NULL, NA, nan or blank cells read as empty")
     assert_account_adds_up(out)
 
     boundary = expected[1][0].timestamp
@@ -185,24 +185,24 @@ def read_retailrocket(case: Case) -> None:
 
 
 def read_truth(case: Case) -> None:
-    truth = plain_of(case, "truth.csv", TRUTH_KINDS)
+    truth = plain_of(case, "truth.csv", GROUND_TRUTH_SCHEMA)
     if case.path.name == "simulation.json":
         with blame(case, reference_reader.Plain([], []), re.escape(str(case.path))):
             out = prepared(case)
         assert json.loads((out / "manifest.json").read_text())["simulation"] == json.loads(case.content)
     else:
-        with blame(case, truth, r"truth\.csv, row \d+ \(about line \d+\), column '\w+': .*(is not between|stands there "
-                                r"twice)|truth\.csv: has no row for item"):
+        with blame(case, truth, r"truth\.csv, row \d+ \(about line \d+\), column '\w+': .*(is not between|duplicate "
+                                r"row)|truth\.csv: no row for item"):
             out = prepared(case)
     facts = {(row["timestamp"], row["visitorid"], row["itemid"]): row for row in truth.rows}
     written = reference_reader.read((out / "truth.csv").read_bytes(), False,
-                           {"sessionid": "id", **{k: v for k, v in TRUTH_KINDS.items() if k != "visitorid"}})
+                           {"sessionid": "id", **{k: v for k, v in GROUND_TRUTH_SCHEMA.items() if k != "visitorid"}})
     rows = [row for split in read_csv_rows(out) for row in split]
     assert [(row["timestamp"], row["sessionid"], row["itemid"]) for row in written.rows] == [row[:3] for row in rows]
     for row in written.rows:
         fact = facts[row["timestamp"], row["sessionid"], row["itemid"]]
-        assert {name: row[name] for name in TRUTH_KINDS if name != "visitorid"} == {
-            name: fact[name] for name in TRUTH_KINDS if name != "visitorid"}
+        assert {name: row[name] for name in GROUND_TRUTH_SCHEMA if name != "visitorid"} == {
+            name: fact[name] for name in GROUND_TRUTH_SCHEMA if name != "visitorid"}
 
 
 # -------------------------------------------------------------------------------------------------------- raw KuaiRand
@@ -226,7 +226,7 @@ def kuairand_raw(folder: Path) -> None:
 
 
 def read_kuairand(case: Case) -> None:
-    files = {"log_standard_part1.csv": LOG_KINDS, "log_standard_part2.csv": LOG_KINDS,
+    files = {"log_standard_part1.csv": LOG_SCHEMA, "log_standard_part2.csv": LOG_SCHEMA,
              "user_features_1k.csv": USER_KINDS, "video_features_basic_1k.csv": VIDEO_KINDS}
     plain = {name: plain_of(case, name, kinds, empty=name.startswith("log"))  # type: ignore[arg-type]
              for name, kinds in files.items()}
@@ -244,7 +244,7 @@ def read_kuairand(case: Case) -> None:
     late = max((row["time_ms"] + max(row["play_time_ms"], 0) for row in rows), default=0)
     with blame(case, damaged, "" if all(parts) and late < 2**53 else "cannot be cut 6:2:2|too large for an id"):
         out = prepared(case, "kuairand")
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
+    shown(printed(), case.path, damaged.blank_lines, "blank lines skipped")
 
     for name, part in zip(SPLITS, parts, strict=True):
         text = reference_reader.read((out / f"{name}.csv").read_bytes(), False, {
@@ -313,11 +313,11 @@ def compare_tables(case: Case, manifest: str) -> None:
     others = [r"SHA-256 differs"] if manifest == "differs" else []
     ids = [row["itemid"] for row in items.rows]
     if len(set(ids)) < len(ids):
-        others.append(r"item_feadf\.csv, line \d+, column 'itemid': item -?\d+ stands there twice")
+        others.append(r"item_feadf\.csv, line \d+, column 'itemid': duplicate item -?\d+")
     if damaged.rows and "sessionid" not in damaged.rows[0] and "visitorid" not in damaged.rows[0]:
         others.append("line 1: column 'sessionid' is missing")
     if manifest == "agrees":
-        others.append(r"splits share no sessions|truth\.csv(, row \d+ \(about line \d+\), column '\w+')?: ")
+        others.append(r"splits must not share sessions|truth\.csv(, row \d+ \(about line \d+\), column '\w+')?: ")
     if case.content is corruption.FOLDER:
         others.append(f"{re.escape(str(case.path))}: not a file|missing: put the file back")
         damaged = reference_reader.Plain([], [])
@@ -325,8 +325,8 @@ def compare_tables(case: Case, manifest: str) -> None:
         splits = load_splits(case.folder)
     if manifest == "differs":
         assert case.content == case.original
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
-    shown(printed(), case.path, damaged.words, "cells taken for empty that say NULL, NA or nan, or are blank")
+    shown(printed(), case.path, damaged.blank_lines, "blank lines skipped")
+    shown(printed(), case.path, damaged.words, "NULL, NA, nan or blank cells read as empty")
 
     by_item = {row["itemid"]: row for row in items.rows}
     for name in SPLITS:

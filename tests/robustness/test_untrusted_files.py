@@ -161,14 +161,14 @@ def test_a_name_in_a_manifest_cannot_leave_its_folder(tables: Path, key: str, na
     (tables / "manifest.json").write_text(json.dumps(manifest))
     text = complaint(lambda: load_splits(tables))
     assert text.startswith(f"{tables / 'manifest.json'}: ")
-    assert "own folder" in text
+    assert "must be a file in the manifest's directory" in text
 
 
 @pytest.mark.parametrize("name", ["train.csv", "item_feadf.csv", "truth.csv"])
 def test_a_link_that_leaves_the_folder_is_refused_even_with_the_right_content(tables: Path, name: str) -> None:
     shutil.move(tables / name, tables.parent / name)
     (tables / name).symlink_to(tables.parent / name)
-    assert "is a link that leaves the manifest's own folder" in complaint(lambda: load_splits(tables))
+    assert "is a link to another directory" in complaint(lambda: load_splits(tables))
     (tables / name).unlink()
     shutil.move(tables.parent / name, tables / f"kept_{name}")
     (tables / name).symlink_to(tables / f"kept_{name}")  # inside it may point where it likes
