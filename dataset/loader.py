@@ -65,7 +65,7 @@ class TensorLoader:
             inverse = pd.factorize(inverse * len(values) + codes)[0]
         row_id, start, rows = inverse + 1, self.row_start.cpu().numpy(), np.arange(len(ids))
         for back in range(1, self.window):
-            earlier = np.where(rows - back >= start, row_id[rows - back], 0)  # 0: padding
+            earlier = np.where(rows - back >= start, row_id[np.maximum(rows - back, 0)], 0)  # 0: padding
             inverse = pd.factorize(inverse * (len(ids) + 1) + earlier)[0]
         first = np.unique(inverse, return_index=True)[1]
         return torch.from_numpy(first).to(ids.device), torch.from_numpy(inverse).to(ids.device)

@@ -152,7 +152,7 @@ def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> t
         CountRow("events read", len(order), 0),
         *[CountRow(name, int((events["event"] == code).sum()), 2) for code, name in enumerate(EVENTS)],
         CountRow("dropped: the same in every cell as another", int(same.sum())),
-        CountRow(f"dropped: in the {short['number'].nunique():,} sessions of fewer than {min_session} items",
+        CountRow(f"dropped: in the {short['session_index'].nunique():,} sessions of fewer than {min_session} items",
              int(short["events"].sum())),
         CountRow("merged: later events of an item already met in the session", merged),
         CountRow("kept: rows, one an item of a session", len(table)),

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import complaint
+from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from numpy.typing import NDArray
-from test_agents import make_agent, same, uniform, weights
-from test_env import REWARDS, handmade
 
 from agents import DDPG_ESMM, DDPG_ESMM_BC
 from common.run_dir import RunDirectory
@@ -189,7 +188,7 @@ def test_a_critic_that_stays_dead_fails_the_run(tmp_path: Path, data: Data) -> N
     def for_good(agent: DDPG_ESMM) -> None:
         kill_critic(agent)
         for critic in (agent.critic2, agent.critic2_target):
-            critic.revive = lambda: None  # type: ignore[method-assign]
+            critic.reset_head = lambda: None  # type: ignore[method-assign]
 
     text = complaint(lambda: trained(tmp_path, data, 50, change=for_good))
     assert "critic 2 is dead" in text
