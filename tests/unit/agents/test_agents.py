@@ -134,7 +134,7 @@ def test_a_memory_is_read_back_as_it_was(tmp_path: Path) -> None:
     read = buffer(10)
     read.load(path, MEMORY)
     np.testing.assert_array_equal(read.storage, memory.storage)
-    assert (len(read), read.next) == (10, 4)
+    assert (len(read), read.ptr) == (10, 4)
     part = buffer(10, filled=6)
     part.save(path, MEMORY)
     read.load(path, MEMORY)
@@ -188,7 +188,7 @@ def saved_bytes() -> bytes:
 @pytest.mark.parametrize("following", ["3", None, -1, 7, 1.5], ids=str)
 def test_a_memory_that_goes_on_nowhere_is_refused(tmp_path: Path, following: Any) -> None:
     memory = buffer(filled=6)
-    memory.next = following
+    memory.ptr = following
     memory.save(tmp_path / "memory.npz", MEMORY)
     assert "the next one at" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
@@ -355,7 +355,7 @@ def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path
     agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
     noise = (probe.asked - predicted).abs()
     assert 0.002 < float(noise.mean()) < 0.02
-    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "POLICY_NOISE", 10.0)
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "TARGET_SMOOTHING_SIGMA", 10.0)
     agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
     torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(TARGET_SMOOTHING_CLIP), atol=1e-6, rtol=0)
     batch["next_prediction"] = torch.tensor([[0.0, 1.0]]).expand(180, 2)
@@ -424,7 +424,7 @@ def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: P
 
 def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its predictions are those of asking again; they are dropped as soon as the memory has changed."""
-    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "ROWS", 7)
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "INFERENCE_BATCH", 7)
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=30))
     assert isinstance(agent, DDPG_ESMM_BC)
     batch = sample(agent)
