@@ -78,7 +78,7 @@ def check_agent(actor: NetworkSize, critic: NetworkSize, batch: int, memory_size
                 + max(actor.step(batch) + critic.step(batch), ASKED_AT_ONCE * actor.units * UNIT_ASKED))
     on_host = networks if device.type == "cpu" else 0
     require_free_memory(memory + max(on_host, judged * ROLLOUT),
-                 f"a replay memory of {memory_size:,} transitions of {transition_bytes} bytes, and the agent")
+                 f"a replay buffer of {memory_size:,} transitions of {transition_bytes} bytes, and the agent")
     require_free_memory(networks, "the agent's networks", _free_on(device))
 
 
