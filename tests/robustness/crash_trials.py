@@ -1,6 +1,6 @@
 """Programs killed at random moments, continued, and compared with an undisturbed run.
 
-    python3 tests/crash_trials.py --trials=50 prepare SLmain RLmain polish experiments
+    python3 tests/robustness/crash_trials.py --trials=50 prepare SLmain RLmain polish experiments
 
 A process that has imported everything forks each run, so that a trial costs the run alone; signals, exit codes and
 files are real. Trial by trial SIGKILL and SIGTERM take turns, at a moment that is uniform over the undisturbed run;
@@ -11,6 +11,7 @@ is continued, with `--resume` or from the start: after SIGTERM with the very com
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
@@ -25,43 +26,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests")]
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(REPOSITORY))
 
 import matplotlib.font_manager  # noqa: E402, F401 -- slow to import: once here, not in every run
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-import experiments  # noqa: E402
 import RLmain  # noqa: E402
 import SLmain  # noqa: E402
-from common.checkpoint import load_tensors
-from dataset import prepare, simulate
-from dataset.rtrl import load_splits
-from experiments.report import read_results
+from common.checkpoint import load_tensors  # noqa: E402
+from dataset import prepare, simulate  # noqa: E402
+from dataset.rtrl import load_splits  # noqa: E402
+from experiments import __main__ as experiments  # noqa: E402
 
 MAINS = {"dataset.prepare": prepare, "dataset.simulate": simulate, "SLmain.py": SLmain, "RLmain.py": RLmain,
-         "experiments.py": experiments}
+         "experiments": experiments}
 SIZES = ("--embed_dim=8", "--device=cpu")
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is killed.
+    """A program that is killed.
 
     Attributes:
         command: as typed behind `python3`.
-        needs: the commands before it, in its folder.
+        dependencies: the commands before it, in its folder.
         results: files, by glob, that have to be those of the undisturbed run, byte for byte.
         other: a flag that makes another run of it, into the same folder; "" where none may lie there.
-        books: where its config.json is; "" where it has none.
+        run_dir: where its config.json is; "" where it has none.
     """
 
     command: str
-    needs: tuple[str, ...]
+    dependencies: tuple[str, ...]
     results: tuple[str, ...]
     other: str = ""
-    books: str = ""
+    run_dir: str = ""
 
 
 SIMULATE = "dataset.simulate --out raw --events 12000 --items 600 --property_rows 10000 --seed 7"
@@ -70,39 +70,41 @@ SL = f"SLmain.py --model_name=esmm --epoch=4 --batch_size=256 {' '.join(SIZES)}"
 RL = ("RLmain.py --epoch=4 --epoch_updates=20 --init_episode=200 --batch_size=64 --converge_tolerance=0 "
       + " ".join(SIZES))
 POLISH = f"{SL} --polish=1"
-GRID = ("experiments.py --tables=main --models=esmm --seeds=2 --workers=1 --out=results --embed_dim=8 --epoch=2 "
+EXPERIMENTS = ("experiments --tables=main --models=esmm --seeds=2 --workers=1 --out=results --embed_dim=8 --epoch=2 "
         "--critic_epoch=2 --critic_updates=5 --critic_batch=64")
-SL_BOOKS, RL_BOOKS, POLISH_BOOKS = "chkpt/SL/rt_esmm", "chkpt/RL/res_TD3BC_esmm", "chkpt/SL/rt_esmm/rt_esmm_1.0"
+SL_DIR, RL_DIR, POLISH_DIR = "chkpt/SL/rt_esmm", "chkpt/RL/res_TD3BC_esmm", "chkpt/SL/rt_esmm/rt_esmm_1.0"
 
 PROGRAMS = {
     "prepare": Program(PREPARE, (SIMULATE,), ("dataset/rt/*",)),
     "SLmain": Program(SL, (SIMULATE, PREPARE),
-                      (f"{SL_BOOKS}/metrics.csv", f"{SL_BOOKS}/rt_esmm_0.0.pt", f"{SL_BOOKS}/catemapper.json",
-                       "pretrain/rt_esmm.pt"), "--learning_rate=0.002", SL_BOOKS),
-    "RLmain": Program(RL, (SIMULATE, PREPARE, SL), (f"{RL_BOOKS}/metrics.csv", f"{RL_BOOKS}/*.pth",
-                                                    "pretrain/memory.npz"), "--critic_lr=0.002", RL_BOOKS),
+                      (f"{SL_DIR}/metrics.csv", f"{SL_DIR}/rt_esmm_0.0.pt", f"{SL_DIR}/catemapper.json",
+                       "pretrain/rt_esmm.pt"), "--learning_rate=0.002", SL_DIR),
+    "RLmain": Program(RL, (SIMULATE, PREPARE, SL), (f"{RL_DIR}/metrics.csv", f"{RL_DIR}/*.pth",
+                                                    "pretrain/memory.npz"), "--critic_lr=0.002", RL_DIR),
     "polish": Program(POLISH, (SIMULATE, PREPARE, SL, RL),
-                      (f"{POLISH_BOOKS}/metrics.csv", f"{SL_BOOKS}/rt_esmm_1.0.pt"), "--learning_rate=0.002",
-                      POLISH_BOOKS),
-    "experiments": Program(GRID, (SIMULATE, PREPARE), ("results/results.csv",), "--learning_rate=0.002"),
+                      (f"{POLISH_DIR}/metrics.csv", f"{SL_DIR}/rt_esmm_1.0.pt"), "--learning_rate=0.002",
+                      POLISH_DIR),
+    "experiments": Program(EXPERIMENTS, (SIMULATE, PREPARE), ("results/results.csv",), "--learning_rate=0.002"),
 }
 
 
 def start(command: str, folder: Path) -> int:
-    """Begin a run in `folder`, in a process of its own; its words go to `stdout` and `stderr` beside the folder."""
+    """Begin a run in `folder`, in a process of its own; it prints to `stdout` and `stderr` beside the folder."""
     sys.stdout.flush()
-    words = [open(folder.parent / f"{folder.name}.{name}", "wb") for name in ("stdout", "stderr")]  # noqa: SIM115
+    streams = [open(folder.parent / f"{folder.name}.{name}", "wb") for name in ("stdout", "stderr")]  # noqa: SIM115
     pid = os.fork()
     if pid:
-        for file in words:
+        for file in streams:
             file.close()
         return pid
     code = 1
     try:
         os.chdir(folder)
-        for number, file in enumerate(words, start=1):
+        for number, file in enumerate(streams, start=1):
             os.dup2(file.fileno(), number)
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
         sys.argv = shlex.split(command)
+        sys.modules["__main__"].__spec__ = None  # as where a script is run: its name is sys.argv[0]
         MAINS[sys.argv[0]].cli()
         code = 0
     except SystemExit as end:
@@ -120,14 +122,14 @@ def end(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def said(folder: Path) -> str:
+def stderr_of(folder: Path) -> str:
     return (folder.parent / f"{folder.name}.stderr").read_text()
 
 
 def succeed(command: str, folder: Path) -> None:
     code = end(start(command, folder))
     if code:
-        raise SystemExit(f"{command}: exit code {code}: {said(folder)}")
+        raise SystemExit(f"{command}: exit code {code}: {stderr_of(folder)}")
 
 
 def results(program: Program, folder: Path) -> dict[str, bytes]:
@@ -136,13 +138,13 @@ def results(program: Program, folder: Path) -> dict[str, bytes]:
 
 
 def without_times(path: Path) -> bytes:
-    """The bytes of a results.csv but for how long each run took."""
-    rows = [{**row, "seconds": ""} for row in read_results(path)]
-    return json.dumps(rows).encode()
+    """The bytes of a results.csv without the seconds that each run took."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return json.dumps([{**row, "seconds": ""} for row in csv.DictReader(file)]).encode()
 
 
-def broken(folder: Path, dead: int) -> str:
-    """The first file that is neither whole nor marked as unfinished by the process that died; "" for none."""
+def find_broken_files(folder: Path, dead: int) -> str:
+    """The first file that is neither complete nor marked as unfinished by the process that died; "" for none."""
     for path in (one for one in folder.rglob("*") if one.is_file()):
         relative = path.relative_to(folder)
         if any(part.endswith(".partial") for part in relative.parts):
@@ -168,14 +170,14 @@ def broken(folder: Path, dead: int) -> str:
     return ""
 
 
-def mixed(program: Program, folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> str:
-    """What in the books is of another run than config.json says; "" for nothing."""
-    config = folder / program.books / "config.json"
-    if not program.books or not config.exists():
+def find_mixed_outputs(program: Program, folder: Path, old: dict[str, bytes], new: dict[str, bytes]) -> str:
+    """The first file of a run directory that belongs to another run than its config.json; "" for none."""
+    config = folder / program.run_dir / "config.json"
+    if not program.run_dir or not config.exists():
         return ""
     name, value = program.other.lstrip("-").split("=")
     is_old = str(json.loads(config.read_text())["settings"][name]) == value
-    metrics = f"{program.books}/metrics.csv"
+    metrics = f"{program.run_dir}/metrics.csv"
     if (folder / metrics).exists() and (folder / metrics).read_bytes() != (old if is_old else new)[metrics]:
         return f"{metrics} is not of its config.json"
     for path in (one for one in program.results if one.endswith(".pt") and not one.startswith("pretrain")):
@@ -185,7 +187,7 @@ def mixed(program: Program, folder: Path, old: dict[str, bytes], new: dict[str, 
 
 
 class Trials:
-    """A program, the folder that it starts from, with and without an earlier run, and what undisturbed runs give."""
+    """A program, the folders that it starts from, with and without an earlier run, and undisturbed results."""
 
     def __init__(self, name: str, folder: Path, seed: int, fresh: Path) -> None:
         self.program, self.folder = PROGRAMS[name], folder
@@ -206,43 +208,43 @@ class Trials:
             assert all(self.old[path] != self.new[path] for path in self.old if not path.endswith(SAME))
 
     def trial(self, number: int) -> str | None:
-        """One trial; "" where all was well, else what was not; None where the run had ended before its signal."""
+        """One trial: the problem, "" if there is none; None if the run ended before its signal."""
         sent = (signal.SIGKILL, signal.SIGTERM)[number % 2]
         template = self.used if self.program.other and self.rng.random() < 0.5 else self.fresh
-        resume = self.rng.random() < 0.5 and bool(self.program.books)
+        resume = self.rng.random() < 0.5 and bool(self.program.run_dir)
         moment = self.rng.uniform(0, self.seconds)
         folder = Path(shutil.copytree(template, self.folder / f"trial{number}"))
         pid = start(self.program.command, folder)
         time.sleep(moment)
         os.kill(pid, sent)
-        code, line = end(pid), said(folder)
+        code, line = end(pid), stderr_of(folder)
         if code == 0:
             shutil.rmtree(folder)
             return None
-        what = self._judge(folder, pid, code, line, self.program.command + " --resume" * resume)
-        if not what:
+        problem = self._find_problem(folder, pid, code, line, self.program.command + " --resume" * resume)
+        if not problem:
             shutil.rmtree(folder)
-        return what and (f"trial {number}: {sent.name} after {moment:.3f} s of {self.seconds:.3f} s, {template.name} "
-                         f"folder, resume {resume}: {what}")
+        return problem and (f"trial {number}: {sent.name} after {moment:.3f} s of {self.seconds:.3f} s, "
+                            f"{template.name} folder, resume {resume}: {problem}")
 
-    def _judge(self, folder: Path, pid: int, code: int, line: str, command: str) -> str:
+    def _find_problem(self, folder: Path, pid: int, code: int, line: str, command: str) -> str:
         if code == 143:
             found = re.fullmatch(r"interrupted; resume with: python3 (.+)\n", line)
             if not found:
-                return f"it said {line!r}"
+                return f"it printed {line!r}"
             command = found[1]
         elif line or code not in (-signal.SIGKILL, -signal.SIGTERM):  # SIGTERM before the program's first line
             return f"exit code {code}: {line!r}"
-        what = broken(folder, pid) or mixed(self.program, folder, self.old, self.new)
-        if what:
-            return what
+        problem = find_broken_files(folder, pid) or find_mixed_outputs(self.program, folder, self.old, self.new)
+        if problem:
+            return problem
         again = end(start(command, folder))
-        if again == 2 and "that run had" in said(folder) and code < 0:  # it had not begun: the old state
+        if again == 2 and "checkpoint has" in stderr_of(folder) and code < 0:  # it had not begun: the old state
             again = end(start(self.program.command, folder))
-        if again == 2 and "exists already" in said(folder):  # it had finished, but for saying so
+        if again == 2 and "exists already" in stderr_of(folder):  # it had finished, but for saying so
             again = 0
         if again:
-            return f"{command}: exit code {again}: {said(folder)}"
+            return f"{command}: exit code {again}: {stderr_of(folder)}"
         got = results(self.program, folder)
         wrong = [path for path in self.new if got.get(path) != self.new[path]]
         left = [str(path.relative_to(folder)) for path in folder.rglob("*")
@@ -255,21 +257,21 @@ SAME = ("catemapper.json", "pretrain_actor.pth", "memory.npz", "actor.pth", "act
 
 
 def trials(names: Sequence[str], count: int, seed: int) -> list[str]:
-    """Make so many trials of each program and print the counts; return what went wrong."""
+    """Make so many trials of each program and print the counts; return the problems."""
     torch.set_num_threads(1)
     problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="crash_trials-") as place:
         for name in names:
             begin = time.perf_counter()
-            tried = Trials(name, Path(place) / name, seed, prepared(PROGRAMS[name].needs, Path(place)))
+            tried = Trials(name, Path(place) / name, seed, prepared(PROGRAMS[name].dependencies, Path(place)))
             drawn, done, bad = 0, 0, []
             while done < count:
-                what = tried.trial(done)
+                problem = tried.trial(done)
                 drawn += 1
-                if what is None and drawn > 5 * count:
+                if problem is None and drawn > 5 * count:
                     raise SystemExit(f"{name}: it ends before its signals")
-                done += what is not None
-                bad += [f"{name}, {what}"] if what else []
+                done += problem is not None
+                bad += [f"{name}, {problem}"] if problem else []
             print(f"killed: {name} {count - len(bad)} of {count} ended like the undisturbed run (SIGKILL "
                   f"{-(-count // 2)}, SIGTERM {count // 2}, at moments within {tried.seconds:.2f} s; "
                   f"{time.perf_counter() - begin:.0f} s)", flush=True)

@@ -73,8 +73,8 @@ WRAPPINGS: dict[str, Callable[[Any, Path], bytes]] = {
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-def test_no_reader_runs_a_malicious_pickle(targets: dict[str, Target], wrapping: str,
-                                           tmp_path: Path) -> None:
+def test_no_reader_runs_a_malicious_pickle(targets: dict[str, Target],  # noqa: F811
+                                           wrapping: str, tmp_path: Path) -> None:
     """Every file that a command reads, by the readers of the commands. Where pickle is used, these pickles run."""
     marker, scratch = tmp_path / "owned", tmp_path / "scratch"
     content = WRAPPINGS[wrapping](MaliciousPickle(marker), scratch)
