@@ -102,7 +102,7 @@ def start(command: str, folder: Path) -> int:
         os.chdir(folder)
         for number, file in enumerate(streams, start=1):
             os.dup2(file.fileno(), number)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))
+        sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
         sys.argv = shlex.split(command)
         sys.modules["__main__"].__spec__ = None  # as where a script is run: its name is sys.argv[0]
         MAINS[sys.argv[0]].cli()
