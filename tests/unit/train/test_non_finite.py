@@ -217,7 +217,7 @@ def test_a_feature_that_knows_the_label_is_named(split: RetailRocketRLDataset) -
 def test_an_auc_that_is_too_good_is_warned_about() -> None:
     assert auc_leakage_warnings([0.85, float("nan")], "test", ["CTR", "CTCVR"]) == []
     assert auc_leakage_warnings([0.5, 0.995], "test", ["CTR", "CTCVR"]) == [
-        "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: does a feature know the label?"]
+        "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: possible label leakage"]
 
 
 def test_a_leak_is_told_by_a_run_and_an_honest_run_says_nothing(here: Path, capsys: pytest.CaptureFixture[str],
