@@ -257,7 +257,7 @@ def cli() -> None:
     splits = load_splits(Path("dataset/rt"))
     env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)
-    print(f"{len(env.sessions.index.starts):,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
+    print(f"{env.num_sessions:,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
           f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")
     action = env.sessions.labels.mean(axis=0)
     state, info = env.reset(seed=0)

@@ -158,8 +158,8 @@ class DDPG_ESMM:
         return batch
 
     def sample_weights(self, label: Tensor) -> Tensor:
-        """One weight a sample, (B, T): 1 / (K P(y)), P the fraction of the replay buffer's samples with these labels, of
-        which K combinations occur. Every combination has the same total weight; the mean weight is 1."""
+        """One weight a sample, (B, T): 1 / (K P(y)). P is the fraction of the buffer's samples with these labels, K the
+        number of combinations that occur. Every combination has the same total weight; the mean weight is 1."""
         counts = self.label_counts()
         shares = torch.from_numpy(counts / counts.sum()).to(label)
         kind = (label @ (2.0 ** torch.arange(self.task_num, device=label.device))).long()

@@ -51,8 +51,8 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
 
     def process_batch(self, transition: Transition) -> Tensors:
         """As the parent, for critics that normalize: their mean and deviation are taken from the memory at the first
-        batch, and again when it has grown by a tenth. The cached predictions in the next states serve for batches of the
-        replay buffer as it was then."""
+        batch, and again when it has grown by a tenth. The cached predictions in the next states serve for
+        batches of the replay buffer as it was then."""
         if self.memory.size and (not self.cached_version or self.memory.total_added >= 1.1 * self.cached_version):
             self.fit_normalizer_and_cache()
         batch = super().process_batch(transition)

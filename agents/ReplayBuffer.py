@@ -128,8 +128,8 @@ class ReplayBuffer:
         for name, value in {"version": VERSION, **metadata}.items():
             if saved.get(name) != value:
                 what = "data set" if name == "data" else name.replace("_", " ")
-                raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}: "
-                                f"{HINT}, or keep both: --memory_path=FILE")
+                raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}"
+                                f": {HINT}, or keep both: --memory_path=FILE")
         count, ptr = stored["done"].size, saved.get("next")
         for name, values in stored.items():
             if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():

@@ -95,7 +95,7 @@ def _typed(value: Any) -> str:
 
 FLAGS = ("embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims", "encoder", "window", "numerical")
 DIFFERS = {"features": "its features are computed in another way than this version does",
-           "vocabulary": "its vocabulary differs: its ids are of other values (another --feature_map_rate, or other data)"}
+           "vocabulary": "its vocabulary differs: its ids are of other values (another --feature_map_rate, or data)"}
 
 
 def load_weights(path: Path, model: nn.Module, expected: Mapping[str, Any], hint: str) -> None:

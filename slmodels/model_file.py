@@ -61,7 +61,8 @@ def keep_previous(path: Path, metadata: Mapping[str, Any], settings: Mapping[str
     saved: Mapping[str, Any] = {}
     with contextlib.suppress(UserError):
         saved = load_tensors(path, "")
-    if all(strict_equal(saved.get(name), value) for name, value in {**metadata, "settings": as_plain(settings)}.items()):
+    expected = {**metadata, "settings": as_plain(settings)}
+    if all(strict_equal(saved.get(name), value) for name, value in expected.items()):
         return
     names = (f"{path.stem}.previous{number}{path.suffix}" for number in ("", *range(2, 10_000)))
     other = next(path.with_name(name) for name in names if not path.with_name(name).exists())

@@ -91,7 +91,7 @@ class Arguments(Settings):
     dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
     dataset_path: str = option("dataset", "the folder of data sets")
     feature_map_rate: float = option(
-        0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; the others share an id",
+        0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; others share an id",
         low=0, high=1)
     numerical: str = option("session", "numeric features: the session so far, or none (the published single zero)",
                             choices=["session", "none"])
@@ -245,7 +245,7 @@ def validate(setting: Field[Any], value: Any) -> None:
     flag, choices, low, high = (setting.metadata[key] for key in ("flag", "choices", "low", "high"))
     flag = flag or f"--{setting.name}"
     if setting.metadata["name"] and not is_safe_filename(value):
-        raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path is its parent folder")
+        raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path is its parent")
     if choices and value not in choices:
         meant = difflib.get_close_matches(str(value), choices, 1)
         raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}"
@@ -324,7 +324,8 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
             help_text += "; one of " + ", ".join(setting.metadata["choices"])
         flags = [setting.metadata["flag"]] if setting.metadata["flag"] else []
         if isinstance(setting.default, bool):
-            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, action="store_true", help=setting.metadata["help"])
+            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, action="store_true",
+                                help=setting.metadata["help"])
         else:
             parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, default=setting.default,
                                 type=_widths if isinstance(setting.default, tuple) else type(setting.default),

@@ -34,7 +34,8 @@ def compute_metrics(predictions: Sequence[NDArray[np.floating[Any]]], labels: ND
     return [task_metrics(values, labels[:, task], session) for task, values in enumerate(predictions)]
 
 
-def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
+def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
+                 session: NDArray[np.int64]) -> Metrics:
     """Compare one task's predictions (n,) with labels (n,); rows of a session are neighbours."""
     p = np.clip(predictions.astype(np.float64), PROB_EPS, 1 - PROB_EPS)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
@@ -49,7 +50,8 @@ LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single feat
 def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
     """A warning for each numerical feature that alone predicts a label of a split."""
     step = -(-len(split) // LEAKAGE_SAMPLE)
-    names = NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES) else [str(n) for n in range(split.numerical_num)]
+    names = (NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES)
+             else [str(number) for number in range(split.numerical_num)])
     found = []
     for task, task_name in enumerate(task_names):
         label = split.labels[::step, task]

@@ -346,7 +346,8 @@ def step_rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Rollout:
 @torch.no_grad()
 def _q_of(agent: DDPG_ESMM, states: Floats, actions: Floats) -> Floats:
     """Q of each task's action (n, T), critics in eval mode."""
-    state, action = agent.split_state(torch.from_numpy(states).to(agent.device)), torch.from_numpy(actions).to(agent.device)
+    state = agent.split_state(torch.from_numpy(states).to(agent.device))
+    action = torch.from_numpy(actions).to(agent.device)
     q: Floats = torch.stack([critic.eval()(*state, action[:, task:task + 1])
                              for task, (critic, _, _) in enumerate(agent.critics())], dim=1).cpu().numpy()
     return q

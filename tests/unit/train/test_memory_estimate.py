@@ -67,7 +67,8 @@ make = lambda: build(name, dims, 6, embed_dim, [512, 256], [128, 64], 2, 8, 0.2)
 train(batch, dims, make)
 size = network_size(make, dims, embed_dim)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
-print((size.parameters * PARAMETER_BYTES + size.step(batch, UNIT_BYTES_SECOND_ORDER if name == "metaheac" else UNIT_BYTES)) / used)
+unit = UNIT_BYTES_SECOND_ORDER if name == "metaheac" else UNIT_BYTES
+print((size.parameters * PARAMETER_BYTES + size.step(batch, unit)) / used)
 """
 
 
