@@ -101,7 +101,8 @@ class RunDirectory:
             for path in existing:
                 os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
             if self.checkpoint in existing:
-                print(f"{self.path}: existing run moved to *.previous.* (--resume continues one of the same settings)\n")
+                print(f"{self.path}: existing run moved to *.previous.* (--resume continues a run of the same settings)"
+                      "\n")
         distributed.barrier()
         write_json(self.config, {"command": command_line(), "settings": dict(settings),
                                  "torch": torch.__version__, "threads": torch.get_num_threads(), **origin,

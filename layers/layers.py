@@ -150,5 +150,5 @@ class Gate(nn.Module):
 
 
 def gated_sums(gates: Sequence[Tensor], expert_outputs: Tensor) -> list[Tensor]:
-    """sum_e g_e h_e for each of several gates (B, E) over one expert_outputs of experts (B, E, H); each result is (B, H)."""
+    """sum_e g_e h_e for each of several gates (B, E) over the same experts (B, E, H); each result is (B, H)."""
     return list(GatedSum.apply(torch.stack(list(gates), dim=1), expert_outputs).unbind(dim=1))

@@ -185,9 +185,11 @@ class ReluDropout(torch.autograd.Function):
         ctx.scale = 65536 / (65536 - dropped)
         word_offset, bit_offset = divmod(distributed.first_row() * x[0].numel(), 4)  # in the whole batch's numbers
         generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(word_offset)
-        random_bits = generator.random_raw(-(-(bit_offset + x.numel()) // 4)).view(np.int16)[bit_offset:bit_offset + x.numel()]
+        end = bit_offset + x.numel()
+        random_bits = generator.random_raw(-(-end // 4)).view(np.int16)[bit_offset:end]
         output, rows = torch.empty_like(x), max(1, CHUNK_SIZE // x[0].numel())
-        blocks = zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows), output.split(rows), strict=True)
+        blocks = zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows), output.split(rows),
+                     strict=True)
         for block, bits, result in blocks:
             # A mask of numbers, by way of bytes: multiplying by booleans would convert them one at a time.
             mask = (bits >= dropped - 32768).view(torch.uint8).to(x.dtype).mul_(ctx.scale)

@@ -34,7 +34,8 @@ def compute_metrics(predictions: Sequence[NDArray[np.floating[Any]]], labels: ND
     return [task_metrics(values, labels[:, task], session) for task, values in enumerate(predictions)]
 
 
-def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], session: NDArray[np.int64]) -> Metrics:
+def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
+                 session: NDArray[np.int64]) -> Metrics:
     """Compare one task's predictions (n,) with labels (n,); rows of a session are neighbours."""
     p = np.clip(predictions.astype(np.float64), PROB_EPS, 1 - PROB_EPS)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
@@ -47,9 +48,10 @@ LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single feat
 
 
 def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
-    """Warn of each numeric feature that alone tells a label of a split."""
+    """A warning for each numerical feature that alone predicts a label of a split."""
     step = -(-len(split) // LEAKAGE_SAMPLE)
-    names = NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES) else [str(n) for n in range(split.numerical_num)]
+    names = (NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES)
+             else [str(number) for number in range(split.numerical_num)])
     found = []
     for task, task_name in enumerate(task_names):
         label = split.labels[::step, task]
@@ -59,13 +61,13 @@ def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task
             auc = float(roc_auc_score(label, split.numerical[::step, number]))
             if max(auc, 1 - auc) > LEAKAGE_AUC:
                 found.append(f"warning: {task_name}: the feature '{name}' alone has AUC {auc:.4f} on the {split_name} "
-                             "split: does it know the label?")
+                             "split: possible label leakage")
     return found
 
 
 def auc_leakage_warnings(aucs: Sequence[float], split_name: str, task_names: Sequence[str]) -> list[str]:
-    """Warn of each task that a model predicts better on a split than anybody can."""
-    return [f"warning: {name}: AUC {auc:.4f} on the {split_name} split is above {LEAKAGE_AUC}: does a feature know the label?"
+    """A warning for each task with an implausible AUC."""
+    return [f"warning: {name}: AUC {auc:.4f} on the {split_name} split is above {LEAKAGE_AUC}: possible label leakage"
             for name, auc in zip(task_names, aucs, strict=False) if auc > LEAKAGE_AUC]
 
 

@@ -196,8 +196,8 @@ def _published_critics(env: nn.Module | gym.Env[Any, Any], actor_name: str, crit
     """The critics of an actor that fit an environment's data. Raises UserError."""
     sessions = None if isinstance(env, nn.Module) else getattr(env.unwrapped, "sessions", None)
     if sessions is None:
-        raise UserError(f"critics of '{actor_name}': {type(env).__name__} is no env.MTEnv, whose data they have to fit: "
-                        "give the critics themselves (train.polish.load_critics reads them)")
+        raise UserError(f"critics of '{actor_name}': {type(env).__name__} is no env.MTEnv, whose data they have to fit"
+                        ": give the critics themselves (train.polish.load_critics reads them)")
     return load_critics(agent_dir(critic_dir, "rt", "bc", actor_name), sessions.metadata, len(CRITIC_NAMES),
                         f"train them: python3 RLmain.py --actor_name={actor_name}", device)
 

@@ -357,7 +357,8 @@ def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path
     assert 0.002 < float(noise.mean()) < 0.02
     monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "TARGET_SMOOTHING_SIGMA", 10.0)
     agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
-    torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(TARGET_SMOOTHING_CLIP), atol=1e-6, rtol=0)
+    torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(TARGET_SMOOTHING_CLIP), atol=1e-6,
+                               rtol=0)
     batch["next_prediction"] = torch.tensor([[0.0, 1.0]]).expand(180, 2)
     for task in range(2):
         agent.td3_target(task, probe, probe, batch)  # type: ignore[arg-type]

@@ -241,7 +241,8 @@ def test_an_encoder_learns_what_features_cannot_say(encoder: str) -> None:
         loader = TensorLoader(train, 256, seed=1, window=window)
         for loader.epoch in range(5):
             sltrain(model, optimizer, loader, nn.BCELoss(reduction="none"), "cpu")
-        return float(roc_auc_score(test.labels[:, 0], slpred(model, TensorLoader(test, 512, window=window), 2, "cpu")[0]))
+        predictions = slpred(model, TensorLoader(test, 512, window=window), 2, "cpu")
+        return float(roc_auc_score(test.labels[:, 0], predictions[0]))
 
     best = 3 / 4 + 1 / 4 * (3 / 4 + 1 / 8)
     assert auc(encoder) > 0.5 + 0.9 * (best - 0.5)

@@ -18,7 +18,7 @@ from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
 from slmodels import build
 from train.Arguments import RLArguments
-from train.memory_estimate import UNIT, network_size
+from train.memory_estimate import UNIT_BYTES, network_size
 
 DIMS = [100, 50, 7]
 
@@ -33,16 +33,16 @@ def test_a_network_is_measured_without_being_made() -> None:
     size = network_size(make, DIMS, 16)
     assert torch.equal(torch.rand(3), expected), "no random number is drawn"
     assert size.parameters == sum(one.numel() for one in make().parameters())
-    assert size.units == 16 + 32 + 8 + 2 * (4 + 1)  # the numbers' block, the bottom, both towers
+    assert size.activations_per_row == 16 + 32 + 8 + 2 * (4 + 1)  # the numbers' block, the bottom, both towers
     assert (size.first, size.fields, size.embed_dim, size.table) == (32, 3, 16, 157)
-    assert size.step(1000) > 1000 * size.units * UNIT
+    assert size.step(1000) > 1000 * size.activations_per_row * UNIT_BYTES
 
 
 PEAK = """
 import resource, sys, torch
 from slmodels import build
 from common.device import pick_device
-from train.memory_estimate import PARAMETER, UNIT, UNIT_TWICE, network_size
+from train.memory_estimate import PARAMETER_BYTES, UNIT_BYTES, UNIT_BYTES_SECOND_ORDER, network_size
 from train.supervised import bce_loss
 from train.utils import EarlyStopper
 pick_device("cpu")
@@ -67,7 +67,8 @@ make = lambda: build(name, dims, 6, embed_dim, [512, 256], [128, 64], 2, 8, 0.2)
 train(batch, dims, make)
 size = network_size(make, dims, embed_dim)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
-print((size.parameters * PARAMETER + size.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)) / used)
+unit = UNIT_BYTES_SECOND_ORDER if name == "metaheac" else UNIT_BYTES
+print((size.parameters * PARAMETER_BYTES + size.step(batch, unit)) / used)
 """
 
 

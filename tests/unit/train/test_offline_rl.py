@@ -81,7 +81,8 @@ def test_chosen_sessions_are_stored_as_often_as_they_were_chosen(tmp_path: Path,
                                                                  lanes: int) -> None:
     monkeypatch.setattr(offline, "NUM_ENVS", lanes)
     agent = make_agent(tmp_path, handmade([3, 1, 2]))
-    assert collect_transitions(agent, lambda state: np.full((len(state), 2), 0.5, np.float32), np.array([2, 0, 2, 2])) == 9
+    count = collect_transitions(agent, lambda state: np.full((len(state), 2), 0.5, np.float32), np.array([2, 0, 2, 2]))
+    assert count == 9
     assert Counter(agent.memory.data["state"][:9, 2].tolist()) == {0: 1, 1: 1, 2: 1, 4: 3, 5: 3}
 
 

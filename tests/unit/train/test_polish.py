@@ -69,7 +69,8 @@ def test_weights_by_their_closed_form(method: str, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("method", ["full", "label", "critic", "inverse", "contrast", "constant"])
 def test_normalised_weights_keep_their_proportions_and_have_mean_1(method: str) -> None:
-    plain, normalized = (RlLossPolisher(Actor(), [FakeCritic(1.0), FakeCritic(2.0)], 0.5, method, normalize).weights(*BATCH)
+    critics = [FakeCritic(1.0), FakeCritic(2.0)]
+    plain, normalized = (RlLossPolisher(Actor(), critics, 0.5, method, normalize).weights(*BATCH)
                          for normalize in (False, True))
     torch.testing.assert_close(normalized.mean(dim=0), torch.ones(2))
     torch.testing.assert_close(normalized * plain.mean(dim=0), plain)
