@@ -337,7 +337,7 @@ def compare_tables(case: Case, manifest: str) -> None:
         order = sorted(range(len(rows)), key=lambda k: (first[rows[k]["sessionid"]], rows[k]["sessionid"],
                                                         rows[k]["timestamp"], k))
         moved = sum(place != k for place, k in enumerate(order))
-        shown(printed(), case.folder / f"{name}.csv", moved, "rows put into the order of session and time")
+        shown(printed(), case.folder / f"{name}.csv", moved, "rows sorted by session and time")
         rows = [rows[k] for k in order]
         split: RetailRocketRLDataset = getattr(splits, name)
         assert split.session.tolist() == [row["sessionid"] for row in rows]
