@@ -259,7 +259,8 @@ def test_optional_columns_and_optional_ids(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("value", "normalized"), [
-    (" 12.0 ", "12"), ("-124.0", "-124"), ("1.5", "1.5"), ("n12.0", "n12.0"), ("1.0.0", "1.0.0"), (".0", ".0"), ("", "")])
+    (" 12.0 ", "12"), ("-124.0", "-124"), ("1.5", "1.5"), ("n12.0", "n12.0"), ("1.0.0", "1.0.0"),
+    (".0", ".0"), ("", "")])
 def test_normalize_category(value: str, normalized: str) -> None:
     assert normalize_category(value) == normalized
 
