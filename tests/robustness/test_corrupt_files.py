@@ -35,7 +35,7 @@ import pytest
 import torch
 from conftest import COUNTS
 from hypothesis import strategies as st
-from test_prepare import assert_account_adds_up, read_csv_rows, reference
+from reference_prepare import assert_row_counts_add_up, read_rows, reference_rows
 
 from agents import ReplayBuffer
 from common.checkpoint import load_weights
@@ -155,7 +155,7 @@ def read_retailrocket(case: Case) -> None:
     if not events.problems and not unknown:
         rows = [(row["timestamp"], row["visitorid"], row["event"], row["itemid"], row["transactionid"])
                 for row in events.rows]
-        expected = reference(rows)  # type: ignore[arg-type]
+        expected = reference_rows(rows)  # type: ignore[arg-type]
     others = ""
     if not events.problems and unknown:
         others = rf"events\.csv(\.gz)?, row {unknown[0] + 1} \(about line \d+\), column 'event'"
@@ -164,10 +164,10 @@ def read_retailrocket(case: Case) -> None:
     with blame(case, damaged, others):
         out = prepared(case)
     assert expected is not None
-    assert read_csv_rows(out) == expected
+    assert read_rows(out) == expected
     shown(printed(), case.path, damaged.blank_lines, "blank lines skipped")
     shown(printed(), case.path, damaged.words, "NULL, NA, nan or blank cells read as empty")
-    assert_account_adds_up(out)
+    assert_row_counts_add_up(out)
 
     boundary = expected[1][0].timestamp
     last: dict[tuple[int, str], tuple[int, str]] = {}
@@ -197,7 +197,7 @@ def read_truth(case: Case) -> None:
     facts = {(row["timestamp"], row["visitorid"], row["itemid"]): row for row in truth.rows}
     written = reference_reader.read((out / "truth.csv").read_bytes(), False,
                            {"sessionid": "id", **{k: v for k, v in GROUND_TRUTH_SCHEMA.items() if k != "visitorid"}})
-    rows = [row for split in read_csv_rows(out) for row in split]
+    rows = [row for split in read_rows(out) for row in split]
     assert [(row["timestamp"], row["sessionid"], row["itemid"]) for row in written.rows] == [row[:3] for row in rows]
     for row in written.rows:
         fact = facts[row["timestamp"], row["sessionid"], row["itemid"]]

@@ -27,7 +27,7 @@ ROWS, USERS, VIDEOS = 3000, 60, 40
 
 
 def raw_log(folder: Path, seed: int = 1) -> pd.DataFrame:
-    """A small raw log of KuaiRand's layout, with duplicate rows, and users and videos that are missing from their table."""
+    """A small raw log in KuaiRand's layout, with duplicate rows, and users and videos that no table lists."""
     rng = np.random.default_rng(seed)
     time = np.sort(rng.integers(1_650_000_000_000, 1_650_500_000_000, ROWS))
     log = pd.DataFrame({
