@@ -177,9 +177,9 @@ def test_an_unreadable_file_is_refused(tmp_path: Path, content: bytes, reason: s
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.999])
 def test_a_truncated_gzip_file_is_refused(tmp_path: Path, fraction: float) -> None:
-    whole = gzip.compress((HEADER + "".join(f"{i * 7919 % 10007},{i % 2},x\n" for i in range(5_000))).encode())
+    content = gzip.compress((HEADER + "".join(f"{i * 7919 % 10007},{i % 2},x\n" for i in range(5_000))).encode())
     path = tmp_path / "events.csv.gz"
-    text = user_error_message(lambda: table_of(path, whole[: int(len(whole) * fraction)]))
+    text = user_error_message(lambda: table_of(path, content[: int(len(content) * fraction)]))
     assert text.startswith(str(path))
 
 
@@ -244,10 +244,10 @@ def test_repairs_are_counted_and_printed(tmp_path: Path, capsys: pytest.CaptureF
 
 def test_chunks_are_the_table(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    whole = table_of(path, HEADER + "".join(f"{i},{i % 2},v{i}\n" for i in range(25)))
+    table = table_of(path, HEADER + "".join(f"{i},{i % 2},v{i}\n" for i in range(25)))
     chunks = list(read_chunks(path, COLUMNS, chunk_rows=10))
     assert [len(chunk) for chunk in chunks] == [10, 10, 5]
-    pd.testing.assert_frame_equal(pd.concat(chunks, ignore_index=True), whole)
+    pd.testing.assert_frame_equal(pd.concat(chunks, ignore_index=True), table)
 
 
 def test_optional_columns_and_optional_ids(tmp_path: Path) -> None:

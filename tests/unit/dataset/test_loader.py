@@ -10,12 +10,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_features import ITEMS, LABELS
 
 from dataset.loader import TensorLoader
 from dataset.rtrl import RetailRocketRLDataset
-
-LABELS = ["click", "pay"]
-ITEMS = pd.DataFrame({"itemid": [0], "785": ["1"]})
 
 
 def numbered(rows: int) -> RetailRocketRLDataset:

@@ -35,7 +35,7 @@ EVENTS: list[EventRow] = [
     # Visitor 1 carts item 10 and buys it long after, during validation.
     (1000, 1, "view", 10, ""), (2000, 1, "view", 11, ""), (3000, 1, "addtocart", 10, ""),
     (5000, 1, "transaction", 10, 77),
-    # Visitor 2 looks twice at item 12; one event is a duplicate.
+    # Visitor 2 views item 12 again; one event is a duplicate.
     (1500, 2, "view", 12, ""), (1600, 2, "view", 12, ""), (1700, 2, "view", 10, ""), (1700, 2, "view", 10, ""),
     # Visitor 3 never views a second item: no transition, no episode.
     (1800, 3, "view", 10, ""), (1900, 3, "view", 10, ""),
@@ -148,7 +148,7 @@ def test_a_gap_ends_a_session(tmp_path: Path) -> None:
     minute = 60_000
     views = [(0, 10), (30, 11), (61, 10), (62, 12), (92, 13), (200, 10), (201, 11), (300, 14), (301, 15),
              (400, 12), (402, 13)]
-    events: list[EventRow] = [(at * minute, 1, "view", item, "") for at, item in views]
+    events: list[EventRow] = [(minutes * minute, 1, "view", item, "") for minutes, item in views]
     events += [(205 * minute, 1, "addtocart", 10, "")]
     prepare(write_raw(tmp_path / "raw", events), tmp_path / "rt", session_gap=30)
     table = pd.concat(pd.read_csv(tmp_path / "rt" / f"{split}.csv") for split in SPLITS)
@@ -323,9 +323,9 @@ def test_the_order_of_the_raw_rows_does_not_matter(raw_log: Path, rt_tables: Pat
         head, *rows = path.read_text().splitlines(keepends=True)
         path.write_text(head + "".join(rows[index] for index in rng.permutation(len(rows))))
     parts = [shuffled / f"item_properties_part{part}.csv" for part in (1, 2)]
-    one, two = (path.read_text() for path in parts)
-    parts[0].write_text(two)
-    parts[1].write_text(one)
+    contents = [path.read_text() for path in parts]
+    for path, content in zip(parts, reversed(contents), strict=True):
+        path.write_text(content)
     prepare(shuffled, tmp_path / "rt")
     expected, tables = read_tree(rt_tables), read_tree(tmp_path / "rt")
     for name in ("train.csv", "val.csv", "test.csv", "item_feadf.csv", "truth.csv"):

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import user_error_message
+from test_features import ITEMS, LABELS, SESSION
 
 from common import fileio
 from common.fileio import sha256
@@ -16,9 +17,6 @@ from dataset.features import NumericalMode
 from dataset.retailrocket import PROPERTIES
 from dataset.rtrl import RetailRocketRLDataset, Splits, find_folder, load_splits
 from dataset.tables import SPLITS
-
-LABELS = ["click", "pay"]
-ITEMS = pd.DataFrame({"itemid": range(10), "785": [str(item % 3) for item in range(10)]})
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +26,6 @@ def splits(rt_tables: Path) -> Splits:
 
 def by_name(splits: Splits) -> dict[str, RetailRocketRLDataset]:
     return {"train": splits.train, "val": splits.val, "test": splits.test}
-
-
-SESSION = pd.DataFrame(
-    [  # Seconds: shown, then when it was clicked and paid. Item 0 is clicked late, item 1 at once, item 2 much later.
-        (0, 1, 0, 1, 1, 15, 200),
-        (10, 1, 1, 0, 1, 10, None),
-        (30, 1, 2, 0, 1, 150, None),
-        (100, 1, 3, 0, 0, None, None),
-        (300, 1, 4, 0, 0, None, None),
-        (1, 2, 5, 0, 0, None, None),  # another session, in between
-        (4, 2, 6, 0, 0, None, None),
-    ],
-    columns=["timestamp", "sessionid", "itemid", "pay", "click", "click_time", "pay_time"],
-).astype({"click_time": float, "pay_time": float})
-SESSION[["timestamp", "click_time", "pay_time"]] *= 1000
 
 
 def test_numerical_none_is_one_column_of_zeros(rt_tables: Path) -> None:
@@ -141,11 +124,11 @@ def test_the_published_layout_has_the_same_rows(published: Path, splits: Splits)
 
 
 def test_fingerprint_of_the_published_layout(published: Path, splits: Splits) -> None:
-    first = load_splits(published).fingerprint
-    assert first == load_splits(published).fingerprint != splits.fingerprint
+    fingerprint = load_splits(published).fingerprint
+    assert fingerprint == load_splits(published).fingerprint != splits.fingerprint
     with open(published / "test.csv", "a") as file:
         file.write("1439399530012,4023,529,0,0,[],[]\n")
-    assert load_splits(published).fingerprint != first
+    assert load_splits(published).fingerprint != fingerprint
 
 
 @pytest.mark.parametrize(("line", "where"), [

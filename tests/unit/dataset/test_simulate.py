@@ -61,8 +61,8 @@ def test_same_seed_same_bytes(raw_log: Path, tmp_path: Path) -> None:
 
 def test_a_different_seed_gives_a_different_log(raw_log: Path, tmp_path: Path) -> None:
     simulate(tmp_path / "other", SimulationConfig(SMALL.events, SMALL.items, SMALL.property_rows, seed=SMALL.seed + 1))
-    one, other = read_tree(raw_log), read_tree(tmp_path / "other")
-    assert [name for name in RAW_FILES if one[name] == other[name] and name != "category_tree.csv"] == []
+    log, different = read_tree(raw_log), read_tree(tmp_path / "other")
+    assert [name for name in RAW_FILES if log[name] == different[name] and name != "category_tree.csv"] == []
 
 
 def test_size_of_the_log(events: pd.DataFrame, properties: pd.DataFrame) -> None:
