@@ -60,7 +60,7 @@ def create_sub_agent(env: gym.Env[Any, Any], actor_name: str, agentcls: type[DDP
             raise UserError(f"hyparams: {agentcls.__name__} has no parameter '{unknown[0]}'"
                             + (f" (did you mean {meant[0]}?)" if meant else "") + ": one of " + ", ".join(known))
         if hyparams.get("actor_name", actor_name) != actor_name:
-            raise UserError(f"hyparams: actor_name is '{hyparams['actor_name']}', but '{actor_name}' is asked for")
+            raise UserError(f"hyparams: actor_name is '{hyparams['actor_name']}', not '{actor_name}'")
         given = dict(hyparams)
     else:
         given = dict(vars(hyparams))

@@ -26,14 +26,14 @@ RewardType = Literal["bce", "norm"]
 Floats = NDArray[np.float32]
 MAX_IDS = 2**24
 ROUNDING = 1e-6  # of a wrapper that scales actions
-CLIP = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
+PROB_EPS = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
 
 
 def compute_reward(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType) -> Floats:
     """Reward of predictions `action` for `label`, both (..., T), each task by itself: (..., T), never positive."""
     if reward_type == "norm":
         return -np.abs(action - label).astype(np.float32)
-    p = np.clip(action, CLIP, 1 - CLIP)
+    p = np.clip(action, PROB_EPS, 1 - PROB_EPS)
     return np.where(label > 0, np.log(p), np.log1p(-p)).astype(np.float32)
 
 
@@ -70,8 +70,8 @@ class SessionTable:
         task_num = self.labels.shape[1]
         self.observation_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
         self.action_space = gym.spaces.Box(0.0, 1.0, (task_num,), np.float32)
-        worst = np.float32(np.log(CLIP)) - 1e-3 if reward_type == "bce" else -1.0
-        self.reward_space = gym.spaces.Box(worst, 0.0, (task_num,), np.float32)
+        reward_low = np.float32(np.log(PROB_EPS)) - 1e-3 if reward_type == "bce" else -1.0
+        self.reward_space = gym.spaces.Box(reward_low, 0.0, (task_num,), np.float32)
 
     def observe(self, rows: NDArray[np.int64]) -> Floats:
         """The observations at `rows` (E,): (E, F + N), or with is_seq the last `window` impressions of the session so
@@ -111,7 +111,7 @@ class MTEnv(gym.Env[Floats, Floats]):
         self.episode, self.row = -1, -1
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
-        """Begin a session: `options={"session": k}` the k-th in time, else as `is_test` says."""
+        """Begin a session: `options={"session": k}` the k-th in time, else the next one (`is_test`) or a random one."""
         super().reset(seed=seed)
         count = len(self.sessions.index.starts)
         if options and "session" in options:
@@ -127,7 +127,7 @@ class MTEnv(gym.Env[Floats, Floats]):
         """Reward the prediction (T,) for the present impression and move to the next one.
 
         Raises ValueError for an action of another shape, or outside of [0, 1]. At the session's end the last
-        observation is returned again: nothing follows it.
+        observation is returned again.
         """
         assert self.row >= 0, "call reset first"
         label = self.sessions.labels[self.row].copy()
@@ -152,7 +152,7 @@ class MTEnv(gym.Env[Floats, Floats]):
 
 
 class States(NamedTuple):
-    """What an agent has to know of an environment: what its observations are, and what is rewarded."""
+    """The observations, actions and rewards of an environment, as an agent needs them."""
 
     field_dims: list[int]
     numerical_num: int
@@ -247,7 +247,7 @@ class MTVectorEnv(gym.vector.VectorEnv):
         return observations, rewards, done, np.zeros(self.num_envs, bool), infos
 
 
-# Gymnasium's checker knows no vector rewards, and would warn of them.
+# Gymnasium's checker does not support vector rewards, and would warn of them.
 if "RMTL/MTEnv-v0" not in gym.registry:
     gym.register("RMTL/MTEnv-v0", entry_point=f"{__name__}:MTEnv", disable_env_checker=True)
 
@@ -265,10 +265,10 @@ def cli() -> None:
         print(f"\nsession {info['session']}")
         terminated = False
         while not terminated:
-            ids, numbers = state[:fields].astype(int).tolist(), " ".join(f"{one:.2f}" for one in state[fields:])
+            ids, numbers = state[:fields].astype(int).tolist(), " ".join(f"{number:.2f}" for number in state[fields:])
             state, reward, terminated, _, info = env.step(action)
             print(f"  ids {ids}  so far {numbers}  click, pay {info['label'].astype(int).tolist()}  reward "
-                  + " ".join(f"{one:.3f}" for one in reward))
+                  + " ".join(f"{task_reward:.3f}" for task_reward in reward))
         state, info = env.reset()
 
 

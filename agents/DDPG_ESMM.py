@@ -43,7 +43,7 @@ class DDPG_ESMM:
         env: the sessions that are learned from, an `env.MTEnv` or one in wrappers; windows of them (`is_seq`) for an
             encoder.
         actor_name: any model of `slmodels`; its baseline is `<pretrain_path>/<dataset_name>_<actor_name>.pt`, with an
-            encoder `..._<actor_name>_<encoder>.pt`. The file says what it is; it has to fit the environment.
+            encoder `..._<actor_name>_<encoder>.pt`. The file contains its metadata, which have to fit the environment.
         gamma: discount of the next impression's reward.
         embed_dim, bottom_mlp_dims, tower_mlp_dims: sizes of actor and critics. Their defaults stand for the baseline's
             own; any other value raises.
@@ -158,8 +158,8 @@ class DDPG_ESMM:
         return batch
 
     def sample_weights(self, label: Tensor) -> Tensor:
-        """One weight a sample, (B, T): 1 / (K P(y)), P the fraction in the replay buffer of samples with these very labels, of
-        which K kinds occur. All kinds count in total the same; the weights have mean 1."""
+        """One weight a sample, (B, T): 1 / (K P(y)), P the fraction of the replay buffer's samples with these labels, of
+        which K combinations occur. Every combination has the same total weight; the mean weight is 1."""
         counts = self.label_counts()
         shares = torch.from_numpy(counts / counts.sum()).to(label)
         kind = (label @ (2.0 ** torch.arange(self.task_num, device=label.device))).long()
@@ -180,7 +180,7 @@ class DDPG_ESMM:
         """Take from the filled replay buffer what no update changes: nothing here."""
 
     def sample_shard(self) -> tuple[Tensors, float]:
-        """A batch from the replay buffer, this process's shard of it, and which fraction that is (1 for a single process)."""
+        """This process's shard of a batch from the replay buffer, and which fraction of the batch it is."""
         batch = self.process_batch(self.memory.sample_batch())
         tensors, part = distributed.shard(list(batch.values()))
         return dict(zip(batch, tensors, strict=True)), part
@@ -285,7 +285,8 @@ class DDPG_ESMM:
     def save_or_load_agent(self, cwd: str | Path, if_save: bool) -> None:
         """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
 
-        Each says of which `agent` it is, so that networks of two runs, one stopped while it wrote, are told apart.
+        Each file contains the hash of its `agent`, so that networks of two runs, one stopped while it wrote, are
+        distinguished.
         """
         paths = {name: network_path(cwd, name) for name in self.networks()}
         hint = "train them anew: python3 RLmain.py"

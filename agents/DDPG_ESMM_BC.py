@@ -16,16 +16,16 @@ from layers import Critic
 
 LOG_INTERVAL = 50  # updates between two evaluations of the actor's losses, which are not trained on
 INFERENCE_BATCH = 4096  # next states in one forward pass
-TARGET_SMOOTHING_SIGMA, TARGET_SMOOTHING_CLIP = 0.01, 0.03  # TD3's 0.2 and 0.5 on [-1, 1], for predictions of a few per cent
+TARGET_SMOOTHING_SIGMA, TARGET_SMOOTHING_CLIP = 0.01, 0.03  # TD3: 0.2, 0.5 on [-1, 1]
 
 
 class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
-    """The actor stays the pretrained one; `update` trains only the critics, and records the actor's losses.
+    """The actor stays the pretrained one; `update` trains only the critics, and evaluates the actor's losses.
 
-    Three changes make plain DDPG that of TD3+BC: `process_batch` normalises the numbers of the present impression with
+    Three changes make plain DDPG that of TD3+BC: `process_batch` normalizes the numbers of the present impression with
     mean and standard deviation over the memory, `get_closs` smooths the target policy and takes the smaller of two
-    targets, `get_aloss` divides Q by its mean size. The critics carry mean and deviation with them, so that whoever
-    asks them later normalises alike; ids are left alone.
+    targets, `get_aloss` divides Q by its mean size. Mean and deviation are buffers of the critics, so that
+    every later use normalizes the same way; ids are not normalized.
     """
 
     trains_actor = False
@@ -45,19 +45,20 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         numerical_num = self.states.numerical_num  # of the present impression: a state's last columns
         numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -numerical_num:])
         for critic, target, _ in self.critics():
-            for one in (critic, target):
-                one.mean[:numerical_num] = numbers.mean(dim=0)
-                one.std[:numerical_num] = numbers.std(dim=0, correction=min(1, len(numbers) - 1)) + 1e-3
+            for network in (critic, target):
+                network.mean[:numerical_num] = numbers.mean(dim=0)
+                network.std[:numerical_num] = numbers.std(dim=0, correction=min(1, len(numbers) - 1)) + 1e-3
 
     def process_batch(self, transition: Transition) -> Tensors:
         """As the parent, for critics that normalize: their mean and deviation are taken from the memory at the first
-        batch, and again when it has grown by a tenth. For a batch of the memory as it was then the actor need not be
-        asked about the next states."""
+        batch, and again when it has grown by a tenth. The cached predictions in the next states serve for batches of the
+        replay buffer as it was then."""
         if self.memory.size and (not self.cached_version or self.memory.total_added >= 1.1 * self.cached_version):
             self.fit_normalizer_and_cache()
         batch = super().process_batch(transition)
         batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
-        if "index" in transition and self.cached_version == self.memory.total_added and self.next_predictions is not None:
+        is_cached = self.cached_version == self.memory.total_added
+        if "index" in transition and is_cached and self.next_predictions is not None:
             batch["next_prediction"] = self.next_predictions[torch.from_numpy(transition["index"])]
         return batch
 

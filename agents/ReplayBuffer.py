@@ -86,7 +86,7 @@ class ReplayBuffer:
         self.total_added += len(at)
 
     def sample_batch(self) -> Transition:
-        """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly; "index" (B,) tells
+        """Draw `batch_size` different transitions (all of them, if there are fewer), uniformly; "index" (B,) contains
         which they are."""
         if not self.size:
             raise UserError("the replay buffer is empty: fill it first, with train.run.one_iter_offline(agent) or with "
@@ -128,8 +128,8 @@ class ReplayBuffer:
         for name, value in {"version": VERSION, **metadata}.items():
             if saved.get(name) != value:
                 what = "data set" if name == "data" else name.replace("_", " ")
-                raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}: {HINT}, or "
-                                "keep both: --memory_path=FILE")
+                raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}: "
+                                f"{HINT}, or keep both: --memory_path=FILE")
         count, ptr = stored["done"].size, saved.get("next")
         for name, values in stored.items():
             if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():
@@ -145,7 +145,7 @@ class ReplayBuffer:
 
 def _read_npy_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     """Read an array of a `.npz`. Raises ValueError where it is of another type, or other than its header says: numpy
-    would make room for what the header says first."""
+    would allocate what the header announces first."""
     raw = archive.read(f"{name}.npy")
     stream = io.BytesIO(raw)
     if np.lib.format.read_magic(stream) != (1, 0):

@@ -1,4 +1,4 @@
-"""Checkpoints: files of tensors that say what they are, and are refused where they do not fit.
+"""Checkpoints: files of tensors with metadata, which are refused where they do not fit.
 
 A checkpoint holds tensors and metadata. `torch.load(path, weights_only=True)` reads it, too.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.errors import UserError, truncate
 from common.fileio import append_checksum, atomic_file, open_verified
 
-FORMAT = 2  # of model files; 1 did not say which ids, features and widths a model has
+FORMAT = 2  # of model files; 1 was without ids, features and widths
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
@@ -27,7 +27,7 @@ def save_tensors(path: Path, value: Mapping[str, Any]) -> None:
         with open(partial, "wb") as file:  # given a path, torch writes its name into the file
             try:
                 torch.save(dict(value), file)
-            except RuntimeError as error:  # torch hides behind it what the system said: that the disk is full, say
+            except RuntimeError as error:  # torch raises it for an error of the system, such as a full disk
                 if isinstance(error.__context__, OSError):
                     raise error.__context__ from None
                 raise
@@ -41,7 +41,7 @@ def load_tensors(path: Path, hint: str) -> dict[str, Any]:
         warnings.simplefilter("ignore")  # what torch warns about is refused below, in one line
         try:
             value = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever a file that was made to mislead leads torch to
+        except Exception as error:  # a forged file may raise anything in torch
             reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"{path}: not a checkpoint that can be read ({reason[:90]}): {hint}") from error
     if not isinstance(value, dict) or not _is_safe_payload(value):
@@ -51,32 +51,32 @@ def load_tensors(path: Path, hint: str) -> dict[str, Any]:
 
 def _is_safe_payload(value: Any) -> bool:
     """Whether a value is made of texts, numbers, lists, dictionaries and dense tensors of finite numbers alone."""
-    waiting, met = [value], set()
+    waiting, visited = [value], set()
     while waiting:
-        one = waiting.pop()
-        if isinstance(one, torch.Tensor):
-            if (one.layout != torch.strided or one.is_quantized or one.device.type != "cpu"
-                    or one.numel() * one.element_size() > one.untyped_storage().nbytes()  # one number as many
-                    or not torch.isfinite(one).all()):
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            if (item.layout != torch.strided or item.is_quantized or item.device.type != "cpu"
+                    or item.numel() * item.element_size() > item.untyped_storage().nbytes()  # a broadcast view
+                    or not torch.isfinite(item).all()):
                 return False
-        elif isinstance(one, dict | list | tuple):
-            if id(one) not in met:  # a list that holds itself has no end
-                met.add(id(one))
-                waiting += [*one, *one.values()] if isinstance(one, dict) else one
-        elif not (one is None or isinstance(one, str | int | float)):
+        elif isinstance(item, dict | list | tuple):
+            if id(item) not in visited:  # a list may contain itself
+                visited.add(id(item))
+                waiting += [*item, *item.values()] if isinstance(item, dict) else item
+        elif not (item is None or isinstance(item, str | int | float)):
             return False
     return True
 
 
 def check_format(saved: Mapping[str, Any], path: Path, hint: str) -> None:
-    """Raise UserError where a file is of an earlier version, which did not say all that matters."""
+    """Raise UserError where a file is of an earlier version, without all metadata."""
     if saved.get("format") != FORMAT:
-        raise UserError(f"{path}: of an earlier version, which did not say which ids, features and widths it has: "
+        raise UserError(f"{path}: of an earlier version, without its ids, features and widths: "
                         f"{hint}")
 
 
 def check_metadata(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path, hint: str) -> None:
-    """Raise UserError where a file says anything else of itself than `expected`; it ends in `hint`."""
+    """Raise UserError, which ends in `hint`, where the metadata of a file differ from `expected`."""
     check_format(saved, path, hint)
     for name, value in expected.items():
         if not strict_equal(saved.get(name), value):
@@ -95,7 +95,7 @@ def _typed(value: Any) -> str:
 
 FLAGS = ("embed_dim", "expert_num", "bottom_mlp_dims", "tower_mlp_dims", "encoder", "window", "numerical")
 DIFFERS = {"features": "its features are computed in another way than this version does",
-           "vocabulary": "its ids stand for other values (another --feature_map_rate, or other data)"}
+           "vocabulary": "its vocabulary differs: its ids are of other values (another --feature_map_rate, or other data)"}
 
 
 def load_weights(path: Path, model: nn.Module, expected: Mapping[str, Any], hint: str) -> None:
@@ -116,8 +116,8 @@ def misfit_error(path: Path, error: Exception, hint: str) -> UserError:
 def as_plain(value: Any) -> Any:
     """Tuples as the lists that files hold."""
     if isinstance(value, Mapping):
-        return {name: as_plain(one) for name, one in value.items()}
-    return [as_plain(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: as_plain(item) for name, item in value.items()}
+    return [as_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def load_state_dict_strict(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
@@ -130,13 +130,13 @@ def load_state_dict_strict(model: nn.Module, weights: Mapping[str, torch.Tensor]
     model.load_state_dict(weights)
 
 
-def strict_equal(one: Any, other: Any) -> bool:
+def strict_equal(item: Any, other: Any) -> bool:
     """Whether two values are equal and of one type: a tensor of a 1 is no 1."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(strict_equal, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(strict_equal(one[name], other[name]) for name in one)
-    return type(one) is type(other) and bool(one == other)
+    if isinstance(item, list) and isinstance(other, list):
+        return len(item) == len(other) and all(map(strict_equal, item, other))
+    if isinstance(item, dict) and isinstance(other, dict):
+        return item.keys() == other.keys() and all(strict_equal(item[name], other[name]) for name in item)
+    return type(item) is type(other) and bool(item == other)
 
 
 def state_dict_hash(*models: nn.Module) -> str:

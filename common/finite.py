@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 
 class NonFiniteMonitor:
-    """Remembers the first step at which a loss was no finite number, and which one; the device is asked when told.
+    """Finds the first step at which a loss was NaN or infinite, and which loss it was.
 
     Args:
-        device: where they are. A CPU is asked at every step, any other at steps that are multiples of `interval`.
+        device: of the losses. A CPU is checked at every step, a GPU, which would have to be waited for, at multiples of
+            `interval`.
     """
 
     def __init__(self, device: torch.device | str, interval: int) -> None:
@@ -22,7 +23,7 @@ class NonFiniteMonitor:
         self.interval = 1 if torch.device(device).type == "cpu" else interval
 
     def update(self, step: int, losses: Tensor, last: bool = False) -> tuple[int, int] | None:
-        """Take the losses (T,) or () of a step, from 1; return which is the first that is no number, and its step."""
+        """Take the losses (T,) or () of a step, from 1; return the index of the first non-finite one and its step."""
         new = (self.first == 0) & ~torch.isfinite(losses.detach().reshape(-1))
         self.first = torch.where(new, step, self.first)
         if not last and step % self.interval:
@@ -35,7 +36,7 @@ class NonFiniteMonitor:
 
 
 def first_nonfinite_tensor(networks: Mapping[str, nn.Module]) -> str:
-    """The name of the first parameter or buffer that has a NaN or an infinity: `critic1.first.weight`; "" for none."""
+    """The name of the first parameter or buffer with a NaN or an infinity: `critic1.first.weight`; "" for none."""
     named = [(f"{name}.{key}".lstrip("."), tensor) for name, network in networks.items()
              for key, tensor in network.state_dict().items() if tensor.is_floating_point()]
     finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in named]).tolist()

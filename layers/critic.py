@@ -1,4 +1,4 @@
-"""The critics: Q(s, a), the discounted reward that follows when prediction a is made in state s."""
+"""The critics: Q(s, a), the expected discounted reward of prediction a in state s."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Critic(nn.Module):
         categorical_field_dims: number of ids of each of the F fields.
         numerical_num: N, the numeric features.
         embed_dim, bottom_mlp_dims, tower_mlp_dims: as the actor's, so that critics can start from its embedding.
-        dropout: share of hidden units dropped in training.
+        dropout: dropout probability of hidden units.
     """
 
     window = 0  # impressions of the session that the critic reads; 0: the current one alone
@@ -69,15 +69,15 @@ class Critic(nn.Module):
         return self.q(self.pre_activation(categorical_x, numerical_x, action.reshape(rows, 1)))
 
     def q(self, pre_activation: Tensor) -> Tensor:
-        """What the last pre-activation (B,) says of Q (B,)."""
+        """Q (B,) of the last pre-activation (B,)."""
         return pre_activation
 
 
 class NegReLU(torch.autograd.Function):
     """-ReLU(z), with the gradient of the projection onto Q <= 0 (Rosen 1960).
 
-    Where z < 0, and so Q = 0, the gradient of a loss that asks for a lower Q passes, as if Q were -z, and leads z back;
-    that of one that asks for Q > 0 does not.
+    Where z < 0, and so Q = 0, a gradient towards a lower Q passes as if Q were -z, and increases z; a gradient towards
+    Q > 0 does not.
     """
 
     @staticmethod
@@ -94,8 +94,8 @@ class NegReLU(torch.autograd.Function):
 class CriticNeg(Critic):
     """A critic of rewards that are never positive: Q = -ReLU(z) <= 0.
 
-    The ReLU's own gradient would leave a critic whose scores are all negative at Q = 0 for good: dead. Here targets
-    below 0 lead it back. The last bias starts on the live side all the same; `zero_fraction` tells how much is 0.
+    With the ReLU's own gradient a critic whose pre-activations are all negative would stay at Q = 0: collapsed. Here
+    targets below 0 lead it back. The last bias starts at 1; `zero_fraction` measures how much is 0.
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -105,7 +105,7 @@ class CriticNeg(Critic):
         nn.init.ones_(self.tower.output.bias)
 
     def reset_head(self) -> None:
-        """Draw the layers above the embeddings anew, the last bias on the live side of the ReLU."""
+        """Draw the layers above the embeddings anew, the last bias on the positive side of the ReLU."""
         assert self.tower.output is not None
         for layer in (self.first, *self.bottom.hidden, *self.tower.hidden, self.tower.output):
             assert isinstance(layer, nn.Linear)
@@ -118,5 +118,5 @@ class CriticNeg(Critic):
 
 
 def zero_fraction(q: Tensor) -> float:
-    """The share of a batch of Q (B,) that is exactly 0: 1 means a dead critic."""
+    """The fraction of a batch of Q (B,) that is exactly 0; 1: a collapsed critic."""
     return float((q == 0).float().mean())

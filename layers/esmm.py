@@ -23,7 +23,7 @@ class ESMM(MultiTaskModel):
         embed_dim: D, size of an embedding.
         bottom_mlp_dims, tower_mlp_dims: widths of the hidden layers.
         task_num: T; task 0 is CTR.
-        dropout: share of hidden units dropped in training.
+        dropout: dropout probability of hidden units.
     """
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,

@@ -1,7 +1,7 @@
 """Embeddings, perceptrons, expert banks and gates. B rows, F fields of D numbers each, N numeric features.
 
-The first layer of a network over concatenated embeddings is computed without writing the concatenation out; whoever
-takes an `LayerInput` calls `linear(x, weight, bias)` and need not know.
+The first layer of a network over concatenated embeddings is computed without materializing the concatenation: layers
+that take a `LayerInput` call `linear(x, weight, bias)`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LazyConcat:
                  numerical_x: Tensor) -> None:
         self.embedding, self.numerical = embedding, numerical
         self.categorical_x, self.numerical_x = categorical_x, numerical_x
-        self._gather: FieldLookup | None = None
+        self._lookup: FieldLookup | None = None
 
     def materialize(self) -> Tensor:
         """Write it out: (B, (F + 1) D)."""
@@ -71,16 +71,16 @@ class LazyConcat:
     def linear(self, weight: Tensor, bias: Tensor) -> Tensor:
         """Return W concat + b, W (H, (F + 1) D) -> (B, H).
 
-        By `kernels.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
+        By `ops.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
         cheaper.
         """
         embedding, numerical = self.embedding, self.numerical
         table = embedding.embedding.weight  # (V, D), all fields
         if len(table) > self.categorical_x.numel():
             return linear_onednn(self.materialize(), weight, bias)
-        if self._gather is None:
-            self._gather = FieldLookup(self.categorical_x + embedding.offsets, len(table))
-        return FieldLinear.apply(self._gather, embedding.field_dims, self.numerical_x, table, numerical.weight,
+        if self._lookup is None:
+            self._lookup = FieldLookup(self.categorical_x + embedding.offsets, len(table))
+        return FieldLinear.apply(self._lookup, embedding.field_dims, self.numerical_x, table, numerical.weight,
                                  numerical.bias, weight, bias)
 
 
@@ -149,6 +149,6 @@ class Gate(nn.Module):
         return F.softmax(linear(x, self.layer.weight, self.layer.bias), dim=1)
 
 
-def gated_sums(gates: Sequence[Tensor], bank: Tensor) -> list[Tensor]:
-    """sum_e g_e h_e for each of several gates (B, E) over one bank of experts (B, E, H); each result is (B, H)."""
-    return list(GatedSum.apply(torch.stack(list(gates), dim=1), bank).unbind(dim=1))
+def gated_sums(gates: Sequence[Tensor], expert_outputs: Tensor) -> list[Tensor]:
+    """sum_e g_e h_e for each of several gates (B, E) over one expert_outputs of experts (B, E, H); each result is (B, H)."""
+    return list(GatedSum.apply(torch.stack(list(gates), dim=1), expert_outputs).unbind(dim=1))

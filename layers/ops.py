@@ -1,6 +1,6 @@
-"""The operations that training spends its time in, each with a gradient of its own, exact up to rounding.
+"""Fast operations, each an `autograd.Function` with a gradient of its own, exact up to rounding; no parameters.
 
-`tests/test_kernels.py` holds them against plain torch. Nothing here has parameters.
+`tests/unit/layers/test_ops.py` compares them with plain torch.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import distributed
+
 
 class FieldLookup:
-    """Which row of the table (V, H) each sample takes from each field; ids (B, F) are counted over all fields.
+    """The row of the table (V, H) that each sample looks up in each field; ids (B, F) are counted over all fields.
 
-    Made once a batch and shared by all layers that read the same fields.
+    Made once a batch and shared by all layers over the same fields.
     """
 
     def __init__(self, ids: Tensor, rows: int) -> None:
         self.ids, self.rows = ids, rows
 
     @functools.cached_property
-    def takers(self) -> tuple[Tensor, Tensor]:
-        """The samples grouped by the row that they take (B F,), and where each row's group begins (V,)."""
+    def inverse_index(self) -> tuple[Tensor, Tensor]:
+        """The samples grouped by the row that they look up (B F,), and where each row's group begins (V,)."""
         ordered, order = self.ids.flatten().sort()
         return order // self.ids.shape[1], torch.searchsorted(ordered, torch.arange(self.rows, device=ordered.device))
 
@@ -36,7 +38,7 @@ class FieldLookup:
 
     def backward(self, grad: Tensor) -> Tensor:
         """Its transpose, row by row of the table: (B, H) -> (V, H)."""
-        return F.embedding_bag(self.takers[0], grad, self.takers[1], mode="sum")
+        return F.embedding_bag(self.inverse_index[0], grad, self.inverse_index[1], mode="sum")
 
 
 class FieldLinear(torch.autograd.Function):
@@ -57,8 +59,8 @@ class FieldLinear(torch.autograd.Function):
         products = table.new_empty(len(table), len(weight))  # (V, H)
         for rows, block in _blocks(field_dims, table.shape[1]):
             torch.mm(table[rows], weight[:, block].T, out=products[rows])
-        of_numbers = weight[:, -table.shape[1]:]  # (H, D)
-        return gather.forward(products).addmm_(numbers, (of_numbers @ a).T).add_(bias + of_numbers @ c)
+        w_numerical = weight[:, -table.shape[1]:]  # (H, D)
+        return gather.forward(products).addmm_(numbers, (w_numerical @ a).T).add_(bias + w_numerical @ c)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -69,10 +71,10 @@ class FieldLinear(torch.autograd.Function):
             torch.mm(d_products[rows], weight[:, block], out=d_table[rows])
             torch.mm(d_products[rows].T, table[rows], out=d_weight[:, block])
         total, s = grad.sum(dim=0), (numbers.T @ grad).T  # (H,), (H, N); grad.T @ numbers takes ten times as long
-        of_numbers = weight[:, -table.shape[1]:]
+        w_numerical = weight[:, -table.shape[1]:]
         torch.addmm(torch.outer(total, c), s, a.T, out=d_weight[:, -table.shape[1]:])
-        d_numbers = grad @ (of_numbers @ a) if ctx.needs_input_grad[2] else None
-        return None, None, d_numbers, d_table, of_numbers.T @ s, of_numbers.T @ total, d_weight, total
+        d_numbers = grad @ (w_numerical @ a) if ctx.needs_input_grad[2] else None
+        return None, None, d_numbers, d_table, w_numerical.T @ s, w_numerical.T @ total, d_weight, total
 
 
 def _blocks(field_dims: Sequence[int], width: int) -> list[tuple[slice, slice]]:
@@ -112,8 +114,8 @@ class GroupedLinear(torch.autograd.Function):
         grad, (experts, _, width) = grads[0].contiguous(), weight.shape
         d_h = _from_image(_convolution_backward(grad, h, weight.flatten(0, 1), experts, (True, False, False))[0])
         d_weight = torch.empty_like(weight)
-        for e, (of_y, of_h) in enumerate(zip(grad.chunk(experts, 1), h.split(width, 1), strict=True)):
-            d_weight[e] = _convolution_backward(of_y, of_h, weight[e], 1, (False, True, False))[1].squeeze((2, 3))
+        for e, (grad_y, h_e) in enumerate(zip(grad.chunk(experts, 1), h.split(width, 1), strict=True)):
+            d_weight[e] = _convolution_backward(grad_y, h_e, weight[e], 1, (False, True, False))[1].squeeze((2, 3))
         return d_h, d_weight, grad.sum(dim=0).view(experts, -1)
 
 
@@ -152,21 +154,21 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, groups: int,
 
 
 class GatedSum(torch.autograd.Function):
-    """y_g = sum_e a_ge h_e for G gates over one bank of experts: (B, G, E), (B, E, H) -> (B, G, H).
+    """y_g = sum_e a_ge h_e for G gates over one expert_outputs of experts: (B, G, E), (B, E, H) -> (B, G, H).
 
-    dh_e = sum_g a_ge dy_g in one pass over the bank, however many gates read it; da = dy h^T.
+    dh_e = sum_g a_ge dy_g in one pass over the expert_outputs, however many gates read it; da = dy h^T.
     """
 
     @staticmethod
-    def forward(ctx: Any, gates: Tensor, bank: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, bank)
-        return torch.bmm(gates, bank)
+    def forward(ctx: Any, gates: Tensor, expert_outputs: Tensor) -> Tensor:
+        ctx.save_for_backward(gates, expert_outputs)
+        return torch.bmm(gates, expert_outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        gates, bank = ctx.saved_tensors
+        gates, expert_outputs = ctx.saved_tensors
         grad = grads[0].contiguous()  # torch copies what is not, sample by sample
-        return torch.bmm(grad, bank.transpose(1, 2)), torch.bmm(gates.transpose(1, 2), grad)
+        return torch.bmm(grad, expert_outputs.transpose(1, 2)), torch.bmm(gates.transpose(1, 2), grad)
 
 
 class ReluDropout(torch.autograd.Function):
@@ -181,11 +183,11 @@ class ReluDropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         dropped = round(p * 65536)
         ctx.scale = 65536 / (65536 - dropped)
-        words, before = divmod(first_row * x[0].numel(), 4)  # of the whole batch's random numbers
-        generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(words)
-        drawn = generator.random_raw(-(-(before + x.numel()) // 4)).view(np.int16)[before:before + x.numel()]
-        output, rows = torch.empty_like(x), max(1, BLOCK // x[0].numel())
-        blocks = zip(x.split(rows), torch.from_numpy(drawn).view(x.shape).split(rows), output.split(rows), strict=True)
+        word_offset, bit_offset = divmod(distributed.first_row() * x[0].numel(), 4)  # in the whole batch's numbers
+        generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(word_offset)
+        random_bits = generator.random_raw(-(-(bit_offset + x.numel()) // 4)).view(np.int16)[bit_offset:bit_offset + x.numel()]
+        output, rows = torch.empty_like(x), max(1, CHUNK_SIZE // x[0].numel())
+        blocks = zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows), output.split(rows), strict=True)
         for block, bits, result in blocks:
             # A mask of numbers, by way of bytes: multiplying by booleans would convert them one at a time.
             mask = (bits >= dropped - 32768).view(torch.uint8).to(x.dtype).mul_(ctx.scale)
@@ -199,8 +201,7 @@ class ReluDropout(torch.autograd.Function):
         return torch.ops.aten.threshold_backward(grads[0], output, 0).mul_(ctx.scale), None
 
 
-BLOCK = 2**18  # numbers
-first_row = 0  # of the whole batch, where this process has a share of it (`train.world.share`)
+CHUNK_SIZE = 2**18  # numbers
 
 
 def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:

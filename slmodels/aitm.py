@@ -12,7 +12,7 @@ from layers.layers import FeatureEmbedding, MultiLayerPerceptron
 
 
 class AITM(MultiTaskModel):
-    """Each task's tower receives what the task before it knows, weighted by attention.
+    """Each task's tower receives the representation of the task before it, weighted by attention.
 
     q_t = bottom_t(x), z_0 = q_0, and for t > 0 with p = transfer_t(z_{t-1}): z_t = sum_u w_u V(u) over u in {p, q_t},
     w = softmax(<K(u), Q(u)> / sqrt(H)): the paper's equations (6) to (8). Arguments as `layers.ESMM`, and

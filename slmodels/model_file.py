@@ -35,7 +35,7 @@ TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
 def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embed_dim: int, expert_num: int,
                    bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], encoder: str = "none",
                    window: int = 0) -> dict[str, Any]:
-    """What a model is, beside its weights: two with the same metadata can exchange these.
+    """The metadata of a model: two models with the same metadata can exchange their weights.
 
     data: `RetailRocketRLDataset.metadata`; of its tasks a model has the first `task_num`.
     """
@@ -47,7 +47,7 @@ def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embe
 
 def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], metadata: Mapping[str, Any],
                catemapper: Catemapper | None = None, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a model's weights, what it is, its vocabulary, and the settings that it was trained with."""
+    """Write a model's weights, metadata and vocabulary, and the settings that it was trained with."""
     weights = model.state_dict() if isinstance(model, nn.Module) else dict(model)
     save_tensors(path, {"weights": {name: tensor.cpu() for name, tensor in weights.items()}, **metadata,
                         "catemapper": None if catemapper is None else catemapper.state_dict(),
@@ -55,7 +55,7 @@ def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], metada
 
 
 def keep_previous(path: Path, metadata: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Keep a model file that was trained with other settings, or is of other metadata, under another name; say so."""
+    """Rename a model file that was trained with other settings, or has other metadata, to `*.previous*`; print it."""
     if not path.exists() or not distributed.is_main_process():
         return
     saved: Mapping[str, Any] = {}
@@ -66,13 +66,13 @@ def keep_previous(path: Path, metadata: Mapping[str, Any], settings: Mapping[str
     names = (f"{path.stem}.previous{number}{path.suffix}" for number in ("", *range(2, 10_000)))
     other = next(path.with_name(name) for name in names if not path.with_name(name).exists())
     os.replace(path, other)
-    print(f"{path}: the baseline that was there, of other settings, is kept as {other}")
+    print(f"{path}: the existing baseline, of other settings, is kept as {other}")
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
-    """The model of a file that `SLmain.py` wrote, ready to predict: in eval mode, of the sizes that the file tells.
+    """The model of a file that `SLmain.py` wrote, ready to predict: in eval mode, of the sizes in the file.
 
-    Besides, it has `metadata`, what the file says of it (`model_metadata`), and `catemapper`, its vocabulary, which
+    Besides, it has `metadata`, the metadata of the file (`model_metadata`), and `catemapper`, its vocabulary, which
     gives a data set the ids that it was trained with: `model.catemapper.map(split)`. Raises UserError.
     """
     path, hint = Path(path), "train it anew: python3 SLmain.py --model_name=NAME"
@@ -90,7 +90,7 @@ def model_from_file(saved: Mapping[str, Any], path: Path, hint: str, dropout: fl
     check_format(saved, path, hint)
     name, names = saved.get("model_name"), ("task_num", "expert_num", "window")
     if name not in MODELS or any(type(saved.get(key)) is not int or not 0 <= saved[key] <= 4096 for key in names):
-        raise UserError(f"{path}: not a model that this version knows ({truncate(name)}): {hint}")
+        raise UserError(f"{path}: not a model of this version ({truncate(name)}): {hint}")
     return _filled(lambda: build(str(name), *_sizes(saved, path, hint), saved["task_num"], saved["expert_num"], dropout,
                                  saved.get("encoder", "none"), saved["window"]), saved, path, hint)
 
@@ -100,7 +100,7 @@ def critic_from_file(saved: Mapping[str, Any], path: Path, hint: str) -> CriticN
     check_format(saved, path, hint)
     encoder, window = saved.get("critic_encoder"), saved.get("critic_window")
     if encoder not in ENCODERS or type(window) is not int or not 0 <= window <= 4096:
-        raise UserError(f"{path}: not a critic that this version knows ({truncate(encoder)}): {hint}")
+        raise UserError(f"{path}: not a critic of this version ({truncate(encoder)}): {hint}")
     return _filled(lambda: make_critic(str(encoder), window, *_sizes(saved, path, hint)), saved, path, hint)
 
 
@@ -130,5 +130,5 @@ def _sizes(saved: Mapping[str, Any], path: Path, hint: str) -> tuple[list[int], 
                                                "tower_mlp_dims"))
     for value in found:
         if not (is_size(value) or (isinstance(value, list) and 0 < len(value) <= 4096 and all(map(is_size, value)))):
-            raise UserError(f"{path}: not a model that this version knows (a size of {truncate(value)}): {hint}")
+            raise UserError(f"{path}: not a model of this version (a size of {truncate(value)}): {hint}")
     return found  # type: ignore[return-value]

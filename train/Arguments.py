@@ -44,11 +44,11 @@ class Settings:
     """The settings of a program. Checks every setting's range. Raises UserError."""
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            setattr(self, one.name, _of_type(one, getattr(self, one.name)))
-            validate(one, getattr(self, one.name))
-            if isinstance(one.default, tuple):
-                setattr(self, one.name, tuple(getattr(self, one.name)))
+        for setting in fields(self):
+            setattr(self, setting.name, _of_type(setting, getattr(self, setting.name)))
+            validate(setting, getattr(self, setting.name))
+            if isinstance(setting.default, tuple):
+                setattr(self, setting.name, tuple(getattr(self, setting.name)))
 
     def plain(self) -> dict[str, Any]:
         """All settings, as files hold them: a list for a tuple."""
@@ -91,7 +91,7 @@ class Arguments(Settings):
     dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
     dataset_path: str = option("dataset", "the folder of data sets")
     feature_map_rate: float = option(
-        0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; the others become one",
+        0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; the others share an id",
         low=0, high=1)
     numerical: str = option("session", "numeric features: the session so far, or none (the published single zero)",
                             choices=["session", "none"])
@@ -123,10 +123,10 @@ class Arguments(Settings):
                               self.tower_mlp_dims, self.encoder, self.window)
 
     def suggest_command(self, program: str, name: str, value: str) -> str:
-        """The command that creates what is missing: `python3 <program> --<name>=<value>`, of the same size, for the same
-        data and states."""
-        same = [one for one in fields(Arguments)
-                if one.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
+        """The command that creates what is missing, `python3 <program> --<name>=<value>`, with the same sizes, data and
+        states."""
+        same = [setting for setting in fields(Arguments)
+                if setting.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
         return " ".join([f"python3 {program} --{name}={value}", *_flags(self, same)])
 
 
@@ -141,7 +141,8 @@ class SLArguments(Arguments):
     batch_size: int = option(2048, "B, rows a step", low=1)
     weight_decay: float = option(1e-6, "L2 penalty of Adam", low=0)
     dropout: float = option(0.2, "dropout probability of hidden units", low=0, high=0.99)
-    calibrator_weight: float = option(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)", low=0)
+    calibrator_weight: float = option(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)",
+                                      low=0)
     weighting: str = option("equal", "weights of the tasks' losses; all but equal and uncertainty need "
                             "requirements/weighting.txt", choices=WEIGHTINGS)
     save_dir: str = option("chkpt/SL", "where runs write")
@@ -154,8 +155,8 @@ class SLArguments(Arguments):
     polish_normalize: bool = option(False, "divide the weights of a polish run by their mean over the batch")
     polish_init: str = option("baseline", "what a polish run trains: the baseline, or a model from scratch",
                                choices=["baseline", "scratch"])
-    polish_lr_ratio: float = option(0.1, "of a polish run that starts from the baseline: its learning rate as a fraction of "
-                                "--learning_rate", low=0, high=100)
+    polish_lr_ratio: float = option(0.1, "of a polish run that starts from the baseline: its learning rate as a "
+                                    "fraction of --learning_rate", low=0, high=100)
     critic_model: str = option("", "the model whose critics weight the loss (default its own, else any others)",
                                choices=["", *MODELS])
     critic_dir: str = option("chkpt/RL", "where RLmain.py writes critics")
@@ -168,7 +169,7 @@ class SLArguments(Arguments):
     @property
     def run_dir(self) -> RunDirectory:
         """`<save_dir>/<dataset>_<model>/`, with `<dataset>_<model>_<lambda>.pt`; a polish run has a folder of its name
-        in it. Its name contains all that tells it from other runs of this model: task weighting, encoders, method."""
+        in it. Its name contains task weighting, encoders and method."""
         stem = f"{self.dataset_name}_{model_stem(self.model_name, self.encoder)}"
         if self.weighting != "equal":
             stem += f"_{self.weighting}"
@@ -239,19 +240,19 @@ class RLArguments(Arguments):
                                                self.critic_stem(self.actor_name)))
 
 
-def validate(one: Field[Any], value: Any) -> None:
+def validate(setting: Field[Any], value: Any) -> None:
     """Raise UserError, naming the flag, where a value is not among those allowed."""
-    flag, choices, low, high = (one.metadata[key] for key in ("flag", "choices", "low", "high"))
-    flag = flag or f"--{one.name}"
-    if one.metadata["name"] and not is_safe_filename(value):
-        raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path says where it lies")
+    flag, choices, low, high = (setting.metadata[key] for key in ("flag", "choices", "low", "high"))
+    flag = flag or f"--{setting.name}"
+    if setting.metadata["name"] and not is_safe_filename(value):
+        raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path is its parent folder")
     if choices and value not in choices:
         meant = difflib.get_close_matches(str(value), choices, 1)
         raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}"
                         + (f" (did you mean {meant[0]}?)" if meant else ""))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
-    if isinstance(one.default, tuple) and (not isinstance(value, tuple | list) or not value
+    if isinstance(setting.default, tuple) and (not isinstance(value, tuple | list) or not value
                                            or not all(type(width) is int for width in value)):
         raise UserError(f"{flag}: {value} is not a list of widths, such as 512,256")
     if any(isinstance(number, int | float) and not low <= number <= high
@@ -260,10 +261,10 @@ def validate(one: Field[Any], value: Any) -> None:
         raise UserError(f"{flag}: {value} is not {allowed}")
 
 
-def _of_type(one: Field[Any], value: Any) -> Any:
+def _of_type(setting: Field[Any], value: Any) -> Any:
     """A value as the type of the field's default: of numpy's numbers Python's, of a path or a device its text. Raises
     UserError, naming the flag, where it is of another type."""
-    flag, kind = one.metadata["flag"] or f"--{one.name}", type(one.default)
+    flag, kind = setting.metadata["flag"] or f"--{setting.name}", type(setting.default)
     if isinstance(value, np.generic):
         value = value.item()
     if kind is str and isinstance(value, Path | torch.device):
@@ -278,7 +279,7 @@ def _of_type(one: Field[Any], value: Any) -> Any:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         found = re.match(r"unrecognized arguments: (--\w+)", message)
-        flags = [flag for one in self._actions for flag in one.option_strings]
+        flags = [flag for setting in self._actions for flag in setting.option_strings]
         meant = difflib.get_close_matches(found[1], flags, 1, 0.8) if found else []
         raise UserError(f"{message} ({f'did you mean {meant[0]}? ' if meant else ''}--help explains every flag)")
 
@@ -291,10 +292,10 @@ def to_command_line(program: str, settings: Settings) -> str:
 def _flags(settings: Settings, among: Sequence[Field[Any]]) -> list[str]:
     """The flags of those fields whose values are not the defaults."""
     words = []
-    for one in among:
-        value = getattr(settings, one.name)
-        if value != one.default:
-            flag = one.metadata["flag"] or f"--{one.name}"
+    for setting in among:
+        value = getattr(settings, setting.name)
+        if value != setting.default:
+            flag = setting.metadata["flag"] or f"--{setting.name}"
             words.append(flag if value is True else f"{flag}={shlex.quote(_text(value))}")
     return words
 
@@ -315,17 +316,17 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
     """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
     parser = _Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for one in fields(kind):
-        assert one.default is not MISSING
-        default = f" (default {_text(one.default)})" if one.default != "" else ""
-        help_text = one.metadata["help"].replace("%", "%%") + default
-        if one.metadata["choices"]:
-            help_text += "; one of " + ", ".join(one.metadata["choices"])
-        flags = [one.metadata["flag"]] if one.metadata["flag"] else []
-        if isinstance(one.default, bool):
-            parser.add_argument(*flags, f"--{one.name}", dest=one.name, action="store_true", help=one.metadata["help"])
+    for setting in fields(kind):
+        assert setting.default is not MISSING
+        default = f" (default {_text(setting.default)})" if setting.default != "" else ""
+        help_text = setting.metadata["help"].replace("%", "%%") + default
+        if setting.metadata["choices"]:
+            help_text += "; one of " + ", ".join(setting.metadata["choices"])
+        flags = [setting.metadata["flag"]] if setting.metadata["flag"] else []
+        if isinstance(setting.default, bool):
+            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, action="store_true", help=setting.metadata["help"])
         else:
-            parser.add_argument(*flags, f"--{one.name}", dest=one.name, default=one.default,
-                                type=_widths if isinstance(one.default, tuple) else type(one.default),
-                                metavar=one.name.split("_")[-1].upper(), help=help_text)
+            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, default=setting.default,
+                                type=_widths if isinstance(setting.default, tuple) else type(setting.default),
+                                metavar=setting.name.split("_")[-1].upper(), help=help_text)
     return kind(**vars(parser.parse_args(arguments)))

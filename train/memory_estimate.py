@@ -1,9 +1,9 @@
-"""What a run will need of memory, told before it starts: `dataset.files.require_free_memory` refuses what would not fit.
+"""Estimates of the memory of a run, before it starts: `common.fileio.require_free_memory` refuses what does not fit.
 
 The constants were measured, as the most memory of a process that trains: the estimates are 0.95 to 1.4 times what
 models took, over batches of 2,048 to 65,536 rows, embeddings of 64 and 128 and tables of 5,000 to 400,000 rows, and
-1.0 to 1.4 times what agents took, with full memories of 20,000 to 110,000 transitions (`tests/test_memory.py`, slow).
-They leave the data aside, which `dataset.rtrl.load_splits` counts.
+1.0 to 1.4 times what agents took, with full memories of 20,000 to 110,000 transitions (`tests/unit/train/test_memory_estimate.py`, slow).
+The data are not included: `dataset.rtrl.load_splits` estimates them.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ from torch import nn
 
 from common.fileio import require_free_memory
 
-START = 80 * 2**20  # bytes that torch itself takes with its first step
-PARAMETER = 26  # bytes: weight, gradient, two moments of Adam, the best epoch's copy and its successor, and 2 to spare
-COPY, OPTIMIZED = 4, 16  # of an agent's networks: a weight; and with a gradient and two moments
-UNIT = 4 * 4  # bytes a row and hidden unit: before and after the ReLU, and the gradients of both
-UNIT_TWICE = 4 * 7  # of metaheac, which differentiates its inner step, too
-UNIT_ASKED = 4 * 2  # without gradients
-CONCATENATED = 4 * 3  # bytes a row and input of a first layer, where the embeddings are written side by side
-PRODUCT = 4 * 2  # bytes an entry of the tables' product with a first layer's weights: itself and its gradient
-ASKED_AT_ONCE = 16_384  # states, in `train.offline.play`
+START_BYTES = 80 * 2**20  # bytes that torch itself takes with its first step
+PARAMETER_BYTES = 26  # bytes: weight, gradient, two moments of Adam, the best epoch's copy and its successor, and 2 to spare
+COPY_BYTES, TRAINED_BYTES = 4, 16  # of an agent's networks: a weight; and with a gradient and two moments
+UNIT_BYTES = 4 * 4  # bytes a row and hidden unit: before and after the ReLU, and the gradients of both
+UNIT_BYTES_SECOND_ORDER = 4 * 7  # of metaheac, which differentiates its inner step, too
+UNIT_BYTES_INFERENCE = 4 * 2  # without gradients
+CONCATENATED_BYTES = 4 * 3  # bytes a row and input of a first layer, where the embeddings are written side by side
+PRODUCT_BYTES = 4 * 2  # bytes an entry of the tables' product with a first layer's weights: itself and its gradient
+INFERENCE_BATCH = 16_384  # states, in `train.offline.play`
 TRANSITION_COPIES = 2  # a memory that is read stands beside the one that it fills
-ROLLOUT = 64 * 260  # bytes a validation row: 64 futures of it in `dataset.simulate.expected_return`
+ROLLOUT_BYTES = 64 * 260  # bytes a validation row: 64 futures of it in `dataset.simulate.expected_return`
 
 
 class NetworkSize(NamedTuple):
     """What the memory of a network depends on."""
 
     parameters: int
-    units: int  # outputs of all layers, for one row
+    activations_per_row: int  # outputs of all layers, for one row
     first: int  # outputs of the widest first layer
     fields: int  # F
     embed_dim: int  # D
     table: int  # rows of the embeddings, all fields
 
-    def step(self, batch: int, unit: int = UNIT) -> int:
+    def step(self, batch: int, unit: int = UNIT_BYTES) -> int:
         """Bytes of the activations of a training step; `layers.Fields.linear` goes the cheaper of its two ways."""
-        first = (batch * (self.fields + 1) * self.embed_dim * CONCATENATED if self.table > batch * self.fields
-                 else self.table * self.first * PRODUCT)
-        return batch * self.units * unit + first
+        first = (batch * (self.fields + 1) * self.embed_dim * CONCATENATED_BYTES if self.table > batch * self.fields
+                 else self.table * self.first * PRODUCT_BYTES)
+        return batch * self.activations_per_row * unit + first
 
 
 def network_size(build: Callable[[], nn.Module], field_dims: Sequence[int], embed_dim: int) -> NetworkSize:
@@ -60,28 +60,28 @@ def network_size(build: Callable[[], nn.Module], field_dims: Sequence[int], embe
 
 def check_training(model: NetworkSize, name: str, batch: int, device: torch.device) -> None:
     """Raise UserError, with the figures, where supervised training of a model would not fit."""
-    needed = START + model.parameters * PARAMETER + model.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)
-    require_free_memory(needed, f"{name} of {model.parameters:,} parameters, {batch:,} rows a step", _free_on(device))
+    needed = START_BYTES + model.parameters * PARAMETER_BYTES + model.step(batch, UNIT_BYTES_SECOND_ORDER if name == "metaheac" else UNIT_BYTES)
+    require_free_memory(needed, f"{name} of {model.parameters:,} parameters, {batch:,} rows a step", _free_gpu_memory(device))
 
 
-def check_agent(actor: NetworkSize, critic: NetworkSize, batch: int, memory_size: int, transition_bytes: int, judged: int,
+def check_agent(actor: NetworkSize, critic: NetworkSize, batch: int, memory_size: int, transition_bytes: int, val_rows: int,
                 device: torch.device) -> None:
     """Raise UserError, with the figures, where an agent and its replay memory would not fit.
 
     Args:
         actor, critic: there are three and four of these, of which one and two are trained.
         memory_size, transition_bytes: of the replay memory, which stays on the host.
-        judged: rows whose true return is found by simulation; 0 where nothing is known of it.
+        judged: rows whose true return is found by simulation; 0 where the truth is unknown.
     """
     memory = memory_size * transition_bytes * TRANSITION_COPIES
-    networks = (START + actor.parameters * (2 * COPY + OPTIMIZED) + critic.parameters * (2 * COPY + 2 * OPTIMIZED)
-                + max(actor.step(batch) + critic.step(batch), ASKED_AT_ONCE * actor.units * UNIT_ASKED))
+    networks = (START_BYTES + actor.parameters * (2 * COPY_BYTES + TRAINED_BYTES) + critic.parameters * (2 * COPY_BYTES + 2 * TRAINED_BYTES)
+                + max(actor.step(batch) + critic.step(batch), INFERENCE_BATCH * actor.activations_per_row * UNIT_BYTES_INFERENCE))
     on_host = networks if device.type == "cpu" else 0
-    require_free_memory(memory + max(on_host, judged * ROLLOUT),
-                 f"a replay memory of {memory_size:,} transitions of {transition_bytes} bytes, and the agent")
-    require_free_memory(networks, "the agent's networks", _free_on(device))
+    require_free_memory(memory + max(on_host, val_rows * ROLLOUT_BYTES),
+                 f"a replay buffer of {memory_size:,} transitions of {transition_bytes} bytes, and the agent")
+    require_free_memory(networks, "the agent's networks", _free_gpu_memory(device))
 
 
-def _free_on(device: torch.device) -> float | None:
+def _free_gpu_memory(device: torch.device) -> float | None:
     """Bytes free on a GPU; None, which leaves it to the system, elsewhere."""
     return float(torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None

@@ -47,7 +47,7 @@ LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single feat
 
 
 def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
-    """Warn of each numeric feature that alone tells a label of a split."""
+    """A warning for each numerical feature that alone predicts a label of a split."""
     step = -(-len(split) // LEAKAGE_SAMPLE)
     names = NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES) else [str(n) for n in range(split.numerical_num)]
     found = []
@@ -59,13 +59,13 @@ def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task
             auc = float(roc_auc_score(label, split.numerical[::step, number]))
             if max(auc, 1 - auc) > LEAKAGE_AUC:
                 found.append(f"warning: {task_name}: the feature '{name}' alone has AUC {auc:.4f} on the {split_name} "
-                             "split: does it know the label?")
+                             "split: possible label leakage")
     return found
 
 
 def auc_leakage_warnings(aucs: Sequence[float], split_name: str, task_names: Sequence[str]) -> list[str]:
-    """Warn of each task that a model predicts better on a split than anybody can."""
-    return [f"warning: {name}: AUC {auc:.4f} on the {split_name} split is above {LEAKAGE_AUC}: does a feature know the label?"
+    """A warning for each task with an implausible AUC."""
+    return [f"warning: {name}: AUC {auc:.4f} on the {split_name} split is above {LEAKAGE_AUC}: possible label leakage"
             for name, auc in zip(task_names, aucs, strict=False) if auc > LEAKAGE_AUC]
 
 

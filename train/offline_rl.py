@@ -1,7 +1,7 @@
 """Offline RL: fill the replay buffer, train the critics, evaluate them on held-out sessions.
 
 They take an `env.MTEnv`, and step thousands of its sessions at once; or any Gymnasium environment of this kind, wrapped
-or not, which they step one by one: its `info` has "label" (T,), and "action" (T,) if another one than the agent's was
+or not, which they step session by session: its `info` has "label" (T,), and "action" (T,) if not the agent's own was
 rewarded.
 """
 
@@ -37,10 +37,10 @@ from train.utils import ConvergeStopper, load_attributes
 Floats = NDArray[np.float32]
 Policy = Callable[[Floats], Floats]
 NUM_ENVS = 4096  # sessions stepped at once
-EPISODES = 1000  # of an environment that does not say how many there are
+EPISODES = 1000  # of an environment without num_sessions
 MAX_ZERO_FRACTION, MIN_Q_STD = 0.99, 1e-6  # beyond these a critic has collapsed
 MAX_RESETS = 2  # of each critic
-EVALUATION_ROWS = 16_384  # states that networks are asked about at once
+EVALUATION_ROWS = 16_384  # states in one forward pass
 
 
 def one_iter_offline(agent: DDPG_ESMM) -> int:
@@ -371,11 +371,11 @@ def evaluate_critics(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> dict[s
     return metrics
 
 
-def rank_correlation(one: NDArray[Any], other: NDArray[Any]) -> float:
+def rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
     """Spearman's rank correlation; 0 where one side is constant."""
-    if np.ptp(one) == 0 or np.ptp(other) == 0:
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
-    return float(spearmanr(one, other).statistic)
+    return float(spearmanr(x, y).statistic)
 
 
 def test(environment: gym.Env[Any, Any], agent: DDPG_ESMM, save_dir: str | Path) -> dict[str, float]:

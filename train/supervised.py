@@ -178,7 +178,7 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
         predictions, labels = (torch.cat(chunks) for chunks in zip(*pairs, strict=True))
     for what, tensor in (("the model has", predictions), ("the labels have", labels)):
         if tensor.shape[1] < task_num:
-            raise ValueError(f"{task_num} tasks are asked for, but {what} {tensor.shape[1]}")
+            raise ValueError(f"{task_num} tasks are expected, but {what} {tensor.shape[1]}")
     values = predictions[:, :task_num].cpu().numpy()
     nonfinite = first_nonfinite_column(values)
     if nonfinite is not None:
@@ -226,7 +226,7 @@ class Training:
     stopped.
 
     Args:
-        model, optimizer, stopper: trained, and told when to stop.
+        model, optimizer, stopper: what is trained, how, and the rule of early stopping.
         splits: mapped; batches of `batch_size` rows in an order of (seed, epoch).
         run_dir: where every epoch is saved.
         save_model: writes weights to a path, as a model file.

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import corruption
 import hypothesis
 import numpy as np
-import reference_reader
 import pytest
+import reference_reader
 import torch
 from conftest import COUNTS
 from hypothesis import strategies as st

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import pytest
 from conftest import complaint
+from factories import REWARDS, handmade
 from gymnasium.utils.env_checker import check_env
 from numpy.typing import NDArray
 
@@ -22,22 +21,6 @@ from env import MTEnv, RewardType, compute_reward
 from train.utils import ActionNormalizer
 
 Floats = NDArray[np.float32]
-REWARDS: tuple[RewardType, ...] = ("bce", "norm")
-
-
-def handmade(lengths: Sequence[int], labels: Sequence[Sequence[int]] | None = None,
-             ids: Sequence[Sequence[int]] | None = None, field_dims: Sequence[int] = (3, 4)) -> RetailRocketRLDataset:
-    """Sessions of these lengths; row i has the numbers (i, -i) and, unless given, ids that count up."""
-    rows = np.arange(sum(lengths))
-    table = pd.DataFrame({
-        "timestamp": 1000 * rows, "sessionid": np.repeat(10 * (np.arange(len(lengths)) + 1), lengths), "itemid": 1,
-        "click": [row[0] for row in labels] if labels else rows % 2, "pay": [row[1] for row in labels] if labels else 0,
-    })
-    dataset = RetailRocketRLDataset(table, pd.DataFrame({"itemid": [1], "785": ["a"]}), ["785"], ["click", "pay"])
-    dataset.numerical = np.column_stack([rows, -rows]).astype(np.float32)
-    dataset.set_ids(np.array(ids if ids is not None else [[row % dim for dim in field_dims] for row in rows]),
-                    list(field_dims))
-    return dataset
 
 
 @pytest.fixture(scope="module")

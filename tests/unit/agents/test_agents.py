@@ -14,57 +14,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import complaint
+from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_env import REWARDS, handmade
 from torch import Tensor, nn
 
 from agents import AGENTS, DDPG_ESMM, DDPG_ESMM_BC, TD3BC_ESMM, DDPG_ESMM_multiweight, ReplayBuffer
 from agents.DDPG_ESMM import Tensors
-from agents.DDPG_ESMM_BC import NOISE_CLIP
+from agents.DDPG_ESMM_BC import TARGET_SMOOTHING_CLIP
 from common.errors import UserError
 from common.fileio import CHECKSUM_LENGTH
 from dataset.rtrl import RetailRocketRLDataset
 from env import MTEnv, RewardType, compute_reward
 from layers import CriticNeg
 from layers.critic import zero_fraction
-from slmodels import MODELS, build
-from slmodels.model_file import model_metadata, save_model
+from slmodels import MODELS
+from slmodels.model_file import save_model
 from train.offline_rl import collect_transitions, rollout
 
 Floats = NDArray[np.float32]
-SIZES: dict[str, Any] = {"embed_dim": 8, "bottom_mlp_dims": (16, 8), "tower_mlp_dims": (8, 4), "expert_num": 2}
-
-
-def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM] = DDPG_ESMM_BC,
-               actor_name: str = "esmm", reward_type: RewardType = "bce", **hyparams: Any) -> DDPG_ESMM:
-    """An agent of tiny networks, with a baseline of random weights."""
-    sizes = {**SIZES, **{name: value for name, value in hyparams.items() if name in SIZES}}
-    actor = build(actor_name, dataset.field_dims, dataset.numerical_num, sizes["embed_dim"], sizes["bottom_mlp_dims"],
-                  sizes["tower_mlp_dims"], 2, sizes["expert_num"], 0.2)
-    save_model(folder / f"rt_{actor_name}.pt", actor, model_metadata(dataset.metadata, actor_name, 2, **sizes))
-    return cls(MTEnv(dataset, reward_type), actor_name, pretrain_path=folder,
-               **{"memory_size": 1000, "batch_size": 16, **hyparams})
-
-
-def uniform(agent: DDPG_ESMM, seed: int = 0, low: float = 0.0, high: float = 1.0) -> DDPG_ESMM:
-    """Fill the memory with one pass of uniform actions."""
-    rng = np.random.default_rng(seed)
-    collect_transitions(agent, lambda state: rng.uniform(low, high, (len(state), 2)).astype(np.float32))
-    return agent
 
 
 def sample(agent: DDPG_ESMM) -> Tensors:
     return agent.process_batch(agent.memory.sample_batch())
-
-
-def weights(network: nn.Module) -> list[Tensor]:
-    return [tensor.clone() for tensor in network.state_dict().values()]
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ buffer
@@ -161,7 +134,7 @@ def test_a_memory_is_read_back_as_it_was(tmp_path: Path) -> None:
     read = buffer(10)
     read.load(path, MEMORY)
     np.testing.assert_array_equal(read.storage, memory.storage)
-    assert (len(read), read.next) == (10, 4)
+    assert (len(read), read.ptr) == (10, 4)
     part = buffer(10, filled=6)
     part.save(path, MEMORY)
     read.load(path, MEMORY)
@@ -215,7 +188,7 @@ def saved_bytes() -> bytes:
 @pytest.mark.parametrize("following", ["3", None, -1, 7, 1.5], ids=str)
 def test_a_memory_that_goes_on_nowhere_is_refused(tmp_path: Path, following: Any) -> None:
     memory = buffer(filled=6)
-    memory.next = following
+    memory.ptr = following
     memory.save(tmp_path / "memory.npz", MEMORY)
     assert "the next one at" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
@@ -382,9 +355,9 @@ def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path
     agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
     noise = (probe.asked - predicted).abs()
     assert 0.002 < float(noise.mean()) < 0.02
-    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "POLICY_NOISE", 10.0)
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "TARGET_SMOOTHING_SIGMA", 10.0)
     agent.td3_target(0, probe, probe, batch)  # type: ignore[arg-type]
-    torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(NOISE_CLIP), atol=1e-6, rtol=0)
+    torch.testing.assert_close((probe.asked - predicted).abs().max(), torch.tensor(TARGET_SMOOTHING_CLIP), atol=1e-6, rtol=0)
     batch["next_prediction"] = torch.tensor([[0.0, 1.0]]).expand(180, 2)
     for task in range(2):
         agent.td3_target(task, probe, probe, batch)  # type: ignore[arg-type]
@@ -443,15 +416,15 @@ def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: P
     plain = CriticNeg([3, 4], 2, 8, (16, 8), (8, 4))
     plain.load_state_dict({**read.state_dict(), "mean": torch.zeros(2), "std": torch.ones(2)})
     ids, n, action = batch["categorical_x"], batch["numerical_x"], batch["action"][:, :1]
-    q = agent.critic1.eval().score(ids, n, action)
-    torch.testing.assert_close(read.eval().score(ids, n, action), q)
+    q = agent.critic1.eval().pre_activation(ids, n, action)
+    torch.testing.assert_close(read.eval().pre_activation(ids, n, action), q)
     mean, std = (torch.from_numpy(one) for one in (numbers.mean(axis=0), numbers.std(axis=0, ddof=1) + 1e-3))
-    torch.testing.assert_close(plain.eval().score(ids, (n - mean) / std, action), q, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain.eval().pre_activation(ids, (n - mean) / std, action), q, rtol=1e-4, atol=1e-4)
 
 
 def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its predictions are those of asking again; they are dropped as soon as the memory has changed."""
-    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "ROWS", 7)
+    monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "INFERENCE_BATCH", 7)
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=30))
     assert isinstance(agent, DDPG_ESMM_BC)
     batch = sample(agent)
@@ -651,7 +624,7 @@ def test_a_critic_is_alive_at_its_start_and_can_be_brought_back(tmp_path: Path) 
         critic.tower.output.bias.fill_(-100.0)  # type: ignore[union-attr]
     assert zeros(critic) == 1
     assert gradient(critic, batch) > 0, "a target below 0 leads it back"
-    critic.revive()
+    critic.reset_head()
     assert zeros(critic) < 0.5
     assert gradient(critic, batch) > 0
 

@@ -69,7 +69,7 @@ def test_concat_is_fields_then_numbers() -> None:
     source = FeatureEmbedding(FEW, NUMBERS, 4)
     ids, numbers = batch(FEW)
     expected = torch.cat([source.embedding(ids).flatten(1), source.numerical(numbers)], dim=1)
-    assert torch.equal(source(ids, numbers).concat(), expected)
+    assert torch.equal(source(ids, numbers).materialize(), expected)
     assert expected.shape == (ROWS, source.output_dim)
 
 
@@ -85,7 +85,7 @@ def test_linear_on_fields_is_linear_on_their_concatenation(field_dims: list[int]
     upstream = torch.randn(ROWS, WIDTH)
 
     fast = source(ids, numbers).linear(first.weight, first.bias)
-    slow = F.linear(source(ids, numbers).concat(), first.weight, first.bias)
+    slow = F.linear(source(ids, numbers).materialize(), first.weight, first.bias)
     assert_close(fast, slow)
     for one, two in zip(torch.autograd.grad((fast * upstream).sum(), trained),
                         torch.autograd.grad((slow * upstream).sum(), trained), strict=True):
@@ -100,7 +100,7 @@ def test_fields_may_feed_several_layers() -> None:
     fields = source(*batch(FEW))
     trained = [*source.parameters(), *layers[0].parameters(), *layers[1].parameters()]
     fast = sum(fields.linear(layer.weight, layer.bias).square().sum() for layer in layers)
-    slow = sum(layer(fields.concat()).square().sum() for layer in layers)
+    slow = sum(layer(fields.materialize()).square().sum() for layer in layers)
     for one, two in zip(torch.autograd.grad(fast, trained), torch.autograd.grad(slow, trained), strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)
 
@@ -220,7 +220,7 @@ def test_the_gradient_of_dropout_is_its_mask() -> None:
 
 def plain_score(critic: Critic, ids: Tensor, numbers: Tensor, action: Tensor) -> Tensor:
     """The critic as one network on the concatenation of state and embedded action."""
-    x = torch.cat([critic.input(ids, numbers).concat(), critic.action(action)], dim=1)
+    x = torch.cat([critic.input(ids, numbers).materialize(), critic.action(action)], dim=1)
     x = critic.bottom(F.relu(critic.first(x))) if len(critic.bottom.hidden) else F.relu(critic.first(x))
     return critic.tower(x).squeeze(1)
 
@@ -276,8 +276,8 @@ def test_minus_relu_is_all_that_a_critic_of_negative_rewards_adds() -> None:
     ids, numbers = batch(FEW)
     action = torch.rand(ROWS, 1)
     with torch.no_grad():  # so that half of the scores are negative
-        critic.tower.output.bias -= critic.score(ids, numbers, action).median()
-    score = critic.score(ids, numbers, action)
+        critic.tower.output.bias -= critic.pre_activation(ids, numbers, action).median()
+    score = critic.pre_activation(ids, numbers, action)
     assert 0.3 < float((score < 0).float().mean()) < 0.7
     assert torch.equal(critic(ids, numbers, action), -score.clamp(min=0))
 
@@ -314,7 +314,7 @@ def test_a_critic_of_zeros_is_seen_and_can_be_revived() -> None:
     with torch.no_grad():
         critic.tower.output.bias.fill_(-100.0)
     assert zero_fraction(critic(ids, numbers, torch.rand(ROWS, 1))) == 1.0
-    critic.revive()
+    critic.reset_head()
     assert zero_fraction(critic(ids, numbers, torch.rand(ROWS, 1))) == 0.0
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layers import ops
 from layers.layers import FeatureEmbedding
 from layers.ops import FieldLinear, FieldLookup, GatedSum, grouped_linear, linear_onednn, relu_dropout
 
@@ -79,7 +80,7 @@ def assert_same(y: Tensor, expected: Tensor, of: Sequence[Tensor]) -> None:
 @pytest.fixture(params=[True, False], ids=["onednn", "mkl"])
 def onednn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Both ways of computing a product, whatever the processor would choose."""
-    monkeypatch.setattr(kernels, "AVX512", request.param)
+    monkeypatch.setattr(ops, "AVX512", request.param)
     return bool(request.param)
 
 
@@ -88,7 +89,7 @@ def test_a_large_product_is_a_linear_layer(onednn: bool, contiguous: bool) -> No
     x = torch.randn(300, 260) if contiguous else torch.randn(260, 300).T
     weight, bias = torch.randn(130, 260), torch.randn(130)
     leaves = [one.requires_grad_() for one in (x, weight, bias)]
-    assert kernels._onednn_is_faster(x, 130, 260) is onednn
+    assert ops._onednn_is_faster(x, 130, 260) is onednn
     y = linear_onednn(x, weight, bias)
     assert_same(y, F.linear(x, weight, bias), leaves)
     assert y.is_contiguous()
@@ -98,7 +99,7 @@ def test_a_large_product_is_a_linear_layer(onednn: bool, contiguous: bool) -> No
 def test_an_expert_product_is_a_linear_layer_for_each_expert(onednn: bool, rows: int, inputs: int) -> None:
     h, weight, bias = torch.randn(rows, 3 * inputs), torch.randn(3, 130, inputs), torch.randn(3, 130)
     leaves = [one.requires_grad_() for one in (h, weight, bias)]
-    assert kernels._onednn_is_faster(h, 130, inputs) is (onednn and rows == 300)
+    assert ops._onednn_is_faster(h, 130, inputs) is (onednn and rows == 300)
     plain = [F.linear(part, w, b) for part, w, b in zip(h.split(inputs, dim=1), weight, bias, strict=True)]
     assert_same(grouped_linear(h, weight, bias), torch.cat(plain, dim=1), leaves)
 
@@ -110,7 +111,7 @@ def test_the_mixtures_gradient_passes_gradcheck() -> None:
 
 def test_relu_dropout_is_the_same_for_any_size_of_its_blocks_where_nothing_is_dropped() -> None:
     """Every row is written, the last, smaller block included."""
-    x = torch.randn(kernels.BLOCK // 512 * 2 + 3, 512, requires_grad=True)
+    x = torch.randn(ops.CHUNK_SIZE // 512 * 2 + 3, 512, requires_grad=True)
     p = 1e-9  # rounds to none dropped
     assert torch.equal(relu_dropout(x, p, True), F.relu(x))
 

@@ -9,17 +9,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-import layers.sequence
 import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, command, complaint, snapshot
+from factories import handmade
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
-from test_env import handmade
 from torch import Tensor, nn
 
+import layers.sequence
 import RLmain
 import SLmain
 from agents import DDPG_ESMM, DDPG_ESMM_BC
@@ -29,12 +29,10 @@ from dataset.rtrl import RetailRocketRLDataset
 from env import MTEnv
 from layers import CriticNeg
 from layers.sequence import (
-    CONTEXT,
+    CONTEXT_DIM,
     ENCODER_CLASSES,
     SequenceCritic,
     SequenceModel,
-    context_length,
-    input_layer,
     make_critic,
 )
 from slmodels import MODELS, build
@@ -49,7 +47,7 @@ SIZES: tuple[Any, ...] = (EMBED, (16, 8), (8, 4))
 with_encoders = pytest.mark.parametrize("encoder", ENCODER_CLASSES)
 
 
-def model_from_file(encoder: str, window: int, name: str = "esmm", dropout: float = 0.0) -> SequenceModel:
+def encoded_model(encoder: str, window: int, name: str = "esmm", dropout: float = 0.0) -> SequenceModel:
     model = build(name, FIELD_DIMS, NUMBERS, *SIZES, 2, 4, dropout, encoder, window)
     assert isinstance(model, SequenceModel)
     return model
@@ -75,7 +73,7 @@ def padded(ids: Tensor, numbers: Tensor, window: int, of: float = 0.0) -> tuple[
 @with_encoders
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_session_of_three_is_the_same_in_every_window(encoder: str, rows: int) -> None:
-    wide, narrow = model_from_file(encoder, 10).eval(), model_from_file(encoder, 5).eval()
+    wide, narrow = encoded_model(encoder, 10).eval(), encoded_model(encoder, 5).eval()
     narrow.load_state_dict({name: value[:5] if name == "encoder.age.weight" else value
                             for name, value in wide.state_dict().items()})
     expected = wide(*session(rows))
@@ -86,14 +84,14 @@ def test_a_session_of_three_is_the_same_in_every_window(encoder: str, rows: int)
 
 @with_encoders
 def test_a_window_does_not_depend_on_the_batch_around_it(encoder: str) -> None:
-    model, parts = model_from_file(encoder, 6).eval(), [padded(*session(rows), 6) for rows in (1, 6, 3, 2)]
+    model, parts = encoded_model(encoder, 6).eval(), [padded(*session(rows), 6) for rows in (1, 6, 3, 2)]
     whole = model(*(torch.cat(list(one)) for one in zip(*parts, strict=True)))
     torch.testing.assert_close(whole, torch.cat([model(*one) for one in parts]), rtol=0, atol=1e-6)
 
 
 @with_encoders
 def test_what_was_shown_and_in_which_order_matters(encoder: str) -> None:
-    model, (ids, numbers) = model_from_file(encoder, 4).eval(), session(4)
+    model, (ids, numbers) = encoded_model(encoder, 4).eval(), session(4)
     answer = model(ids, numbers)
     for place in range(3):
         other = ids.clone()
@@ -109,23 +107,23 @@ def test_what_was_shown_and_in_which_order_matters(encoder: str) -> None:
 @with_encoders
 def test_gradients_reach_the_encoder_and_the_rows_of_the_table_that_were_shown(encoder: str) -> None:
     """Of the shared table, those in the window and no others: padding embeds nothing, not even id 0."""
-    model, (ids, numbers) = model_from_file(encoder, 9), padded(*session(3), 9)
-    model.encoder(input_layer(model.inner).embedding, ids, numbers)[1].sum().backward()
+    model, (ids, numbers) = encoded_model(encoder, 9), padded(*session(3), 9)
+    model.encoder(model.input_layer(0).embedding, ids, numbers)[1].sum().backward()
     missing = [name for name, one in model.encoder.named_parameters() if one.grad is None or not one.grad.any()]
     assert not missing
-    gradient = input_layer(model.inner).embedding.embedding.weight.grad
+    gradient = model.input_layer(0).embedding.embedding.weight.grad
     assert gradient is not None
-    shown = {int(one) for one in (ids[0, 6:] + input_layer(model.inner).embedding.offsets).flatten()}
+    shown = {int(one) for one in (ids[0, 6:] + model.input_layer(0).embedding.offsets).flatten()}
     assert set(gradient.any(dim=1).nonzero().flatten().tolist()) == shown
 
 
 @with_encoders
 def test_the_gradient_is_that_of_plain_torch(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through windows, the shared table and the context, as numbers of the fused first layer."""
-    model = model_from_file(encoder, 4)
+    model = encoded_model(encoder, 4)
     parts = [padded(*session(rows), 4) for rows in (1, 3, 4, 2, 4, 4)]
     batch = [torch.cat(list(one)) for one in zip(*parts, strict=True)]
-    assert len(input_layer(model.inner).embedding.embedding.weight) <= batch[0][:, -1].numel(), "the kernel is chosen"
+    assert len(model.input_layer(0).embedding.embedding.weight) <= batch[0][:, -1].numel(), "the kernel is chosen"
 
     def gradients() -> list[Tensor]:
         return list(torch.autograd.grad((model(*batch) * torch.linspace(-1, 2, 12).view(6, 2)).sum(),
@@ -133,7 +131,7 @@ def test_the_gradient_is_that_of_plain_torch(encoder: str, monkeypatch: pytest.M
 
     fused = gradients()
     monkeypatch.setattr(layers.sequence.LazyConcat, "linear",
-                        lambda self, weight, bias: nn.functional.linear(self.concat(), weight, bias))
+                        lambda self, weight, bias: nn.functional.linear(self.materialize(), weight, bias))
     for got, wanted in zip(fused, gradients(), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
@@ -141,27 +139,27 @@ def test_the_gradient_is_that_of_plain_torch(encoder: str, monkeypatch: pytest.M
 @with_encoders
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "metaheac"])
 def test_every_model_can_see_the_session(encoder: str, name: str) -> None:
-    model = model_from_file(encoder, 5, name, dropout=0.2)
+    model = encoded_model(encoder, 5, name, dropout=0.2)
     batch = [torch.cat(list(one)) for one in zip(*(padded(*session(rows), 5) for rows in (1, 2, 5)), strict=True)]
     predictions = model(*batch)
     assert predictions.shape == (3, 2)
     assert bool(((predictions > 0) & (predictions < 1)).all())
     predictions.sum().backward()
     assert all(one.grad is not None and one.grad.isfinite().all() for one in model.parameters())
-    assert context_length(model) == 5
-    assert context_length(model.inner) == 0
-    torch.testing.assert_close(model.inner.eval()(batch[0], torch.randn(3, 5, NUMBERS + CONTEXT)).shape,
+    assert model.window == 5
+    assert model.inner.window == 0
+    torch.testing.assert_close(model.inner.eval()(batch[0], torch.randn(3, 5, NUMBERS + CONTEXT_DIM)).shape,
                                predictions.shape)
 
 
 def test_metaheac_refuses_an_encoder_and_the_calibrator_passes_through_one() -> None:
-    assert "metaheac" in complaint(lambda: get_model("metaheac", FIELD_DIMS, NUMBERS, 2, 4, EMBED, encoder="gru"))
+    assert "MetaHeac" in complaint(lambda: get_model("metaheac", FIELD_DIMS, NUMBERS, 2, 4, EMBED, encoder="gru"))
     model = get_model("aitm", FIELD_DIMS, NUMBERS, 2, 4, EMBED, 0.0, 0.7, "gru", 4)
     assert isinstance(model, SequenceModel)
     dataset, losses = windows_of([3, 2, 4]), []
     nn.init.constant_(model.inner.towers[1].output.bias, 3.0)  # type: ignore[index, union-attr]
-    for calibrator in (0.0, 0.7):
-        model.inner.calibrator = calibrator  # type: ignore[assignment]
+    for calibrator_weight in (0.0, 0.7):
+        model.inner.calibrator_weight = calibrator_weight  # type: ignore[assignment]
         optimizer = torch.optim.Adam(model.parameters(), lr=0.0)
         losses.append(sltrain(model, optimizer, TensorLoader(dataset, 9, window=4), nn.BCELoss(), "cpu"))
     assert losses[1] > losses[0], "the penalty counts"
@@ -239,7 +237,7 @@ def test_an_encoder_learns_what_features_cannot_say(encoder: str) -> None:
     def auc(encoder: str) -> float:
         torch.manual_seed(1)
         model = build("esmm", [2], 1, 8, (64, 32), (16,), 2, 2, 0.0, encoder, 4)
-        optimizer, window = torch.optim.Adam(model.parameters(), 0.01), context_length(model)
+        optimizer, window = torch.optim.Adam(model.parameters(), 0.01), model.window
         loader = TensorLoader(train, 256, seed=1, window=window)
         for loader.epoch in range(5):
             sltrain(model, optimizer, loader, nn.BCELoss(reduction="none"), "cpu")
@@ -270,7 +268,7 @@ def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encode
     assert isinstance(agent, DDPG_ESMM_BC)
     dataset = windows_of([1, 3, 5, 2])
     for critic, target, _ in agent.critics():
-        source = input_layer(agent.actor.inner if isinstance(agent.actor, SequenceModel) else agent.actor)
+        source = agent.actor.input_layer(0)
         assert torch.equal(critic.input.embedding.embedding.weight, source.embedding.embedding.weight)
         assert torch.equal(critic.input.numerical.weight[:, :NUMBERS], source.numerical.weight[:, :NUMBERS])
         assert isinstance(critic, SequenceCritic) == isinstance(target, SequenceCritic) == (critic_encoder != "none")
@@ -301,7 +299,7 @@ def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encode
     assert any(not torch.equal(one, before[name]) for name, one in agent.critic1.named_parameters()
                if name.startswith("encoder" if critic_encoder != "none" else "first"))
     assert all(np.isfinite(list(evaluate_critics(agent.env, agent).values())))
-    agent.critic1.revive()
+    agent.critic1.reset_head()
 
 
 @with_encoders
@@ -318,7 +316,7 @@ def test_ddpg_trains_the_actors_encoder_through_the_critics(tmp_path: Path, enco
 def test_a_critic_that_sees_the_session_starts_from_an_actor_of_its_kind() -> None:
     """Where the actor sees none, from its embedding and its layer of numbers alone."""
     critic = make_critic("gru", 3, FIELD_DIMS, NUMBERS, *SIZES)
-    fresh = [one.clone() for one in critic.input.numerical.weight.split([NUMBERS, CONTEXT], dim=1)]
+    fresh = [one.clone() for one in critic.input.numerical.weight.split([NUMBERS, CONTEXT_DIM], dim=1)]
     init_critic_from_actor(critic, build("singletask", FIELD_DIMS, NUMBERS, *SIZES, 2, 2, 0.0), 1)
     assert not torch.equal(critic.input.numerical.weight[:, :NUMBERS], fresh[0])
     assert torch.equal(critic.input.numerical.weight[:, NUMBERS:], fresh[1])
@@ -383,7 +381,7 @@ def test_the_three_commands_with_an_encoder_leave_the_plain_files_alone(
     assert "saved chkpt/SL/rt_esmm_gru/rt_esmm_gru_0.0.pt and pretrain/rt_esmm_gru.pt" in capsys.readouterr().out
     assert "python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=8 --encoder=gru --window=4" in complaint(
         lambda: model_run(**seen, polish_lambda=1.0))
-    assert "memory.npz: a memory of another window" in complaint(lambda: critics_run(**seen))
+    assert "memory.npz: replay buffer metadata mismatch: its window" in complaint(lambda: critics_run(**seen))
     critics_run(**sees)
     model_run(**seen, polish_lambda=1.0)
     said = capsys.readouterr().out
@@ -393,9 +391,9 @@ def test_the_three_commands_with_an_encoder_leave_the_plain_files_alone(
     assert {name: after[name] for name in before} == before
 
     assert "window is 4, not 5" in complaint(lambda: critics_run(**{**sees, "window": 5}))
-    assert "memory_gru.npz: a memory of another" in complaint(
+    assert "memory_gru.npz: replay buffer metadata mismatch" in complaint(
         lambda: critics_run(memory_path="pretrain/memory_gru.npz"))
-    assert "metaheac" in complaint(lambda: model_run(**seen, model_name="metaheac"))
+    assert "MetaHeac" in complaint(lambda: model_run(**seen, model_name="metaheac"))
 
 
 def test_critics_that_see_the_session_weight_a_model_that_does_not(
@@ -404,7 +402,7 @@ def test_critics_that_see_the_session_weight_a_model_that_does_not(
     sees: dict[str, Any] = {"critic_encoder": "attention", "window": 4}
     command = "python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=8 --critic_encoder=attention --window=4"
     assert command in complaint(lambda: model_run(**sees, polish_lambda=1.0))
-    assert "memory.npz: a memory of another window" in complaint(lambda: critics_run(**sees))
+    assert "memory.npz: replay buffer metadata mismatch: its window" in complaint(lambda: critics_run(**sees))
     critics_run(**sees, memory_path="windows.npz")
     model_run(**sees, polish_lambda=1.0)
     assert "from chkpt/RL/res_TD3BC_esmm_critic_attention" in capsys.readouterr().out
@@ -420,7 +418,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(shop: Path, 
     flags = [*(f"--{name}={value}" for name, value in TINY.items()), "--epoch=3", "--encoder=gru"]
     process = subprocess.Popen(command("SLmain.py", *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=ENVIRONMENT)
-    while not (folder / "state.pt").exists() and process.poll() is None:
+    while not (folder / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "killed before it ended"

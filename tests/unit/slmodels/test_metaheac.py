@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import complaint
 from torch import Tensor, nn
 
+from common import distributed
 from dataset.loader import TensorLoader
 from dataset.rtrl import load_splits
 from dataset.vocabulary import encode_splits
@@ -28,7 +29,7 @@ def batch(rows: int = 12) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_the_prediction_step_by_step() -> None:
     model, (ids, numbers, _) = MetaHeac(*SIZES), batch()
-    x = model.input(ids, numbers).concat()
+    x = model.input(ids, numbers).materialize()
     mean = x.reshape(12, 4, 6).mean(dim=1)
     for task in range(2):
         asked = torch.cat([model.tasks.weight[task].repeat(12, 1), mean], dim=1)
@@ -57,7 +58,7 @@ def test_the_inner_step_is_one_gradient_step_and_leaves_the_model_alone() -> Non
     slopes = torch.autograd.grad(loss, list(stepped.parameters()))
     for parameter, slope in zip(stepped.parameters(), slopes, strict=True):
         parameter.data -= INNER_LR * slope
-    adapted = model.adapted((ids[:6], numbers[:6]), lambda p: F.binary_cross_entropy(p, labels[:6]),
+    adapted = model.forward_adapted((ids[:6], numbers[:6]), lambda p: F.binary_cross_entropy(p, labels[:6]),
                             (ids[6:], numbers[6:]))
     torch.testing.assert_close(adapted, stepped(ids[6:], numbers[6:]))
     assert not torch.equal(adapted, model(ids[6:], numbers[6:]))
@@ -71,7 +72,7 @@ def test_the_outer_gradient_goes_through_the_inner_step(monkeypatch: pytest.Monk
     ids, numbers, labels = (x.double() if x.is_floating_point() else x for x in batch())
 
     def meta_loss() -> Tensor:
-        predictions = model.adapted((ids[:6], numbers[:6]), lambda p: F.binary_cross_entropy(p, labels[:6]),
+        predictions = model.forward_adapted((ids[:6], numbers[:6]), lambda p: F.binary_cross_entropy(p, labels[:6]),
                                     (ids[6:], numbers[6:]))
         return F.binary_cross_entropy(predictions, labels[6:])
 
@@ -97,7 +98,7 @@ def test_an_epoch_takes_the_outer_loss_of_each_batch(rows: int, polished: bool) 
     half = (rows + 1) // 2
     weight = 2.0 if polished else 1.0
     expected = weight * F.binary_cross_entropy(
-        model.adapted((ids[:half], numbers[:half]), lambda p: weight * F.binary_cross_entropy(p, labels[:half]),
+        model.forward_adapted((ids[:half], numbers[:half]), lambda p: weight * F.binary_cross_entropy(p, labels[:half]),
                       (ids[-half:], numbers[-half:])), labels[-half:])
     polisher = _Twice(model) if polished else None
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -129,5 +130,5 @@ def test_it_learns(rt_tables: Path) -> None:
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "SIZE", 2)
+    monkeypatch.setattr(distributed, "_world_size", 2)
     assert "one process" in complaint(lambda: get_model("metaheac", [3], 1, 2, 2, 4))

@@ -146,8 +146,8 @@ def test_an_unknown_name_is_refused_with_the_list() -> None:
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "aitm"])
 def test_a_calibrator_is_for_aitm_alone(name: str) -> None:
-    assert "--calibrator" in complaint(
-        lambda: get_model(name, FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator=0.6))
+    assert "--calibrator_weight" in complaint(
+        lambda: get_model(name, FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator_weight=0.6))
 
 
 # ---------------------------------------------------------------------------------------------------------------- ESMM
@@ -167,7 +167,7 @@ def test_in_esmm_a_conversion_is_never_likelier_than_a_click(seed: int, scale: f
 def test_esmm_is_the_product_of_two_rates() -> None:
     """pCTCVR = pCTR x pCVR, the paper's equation (1)."""
     model, x = ESMM(*SIZES, 0.0), batch()
-    h = model.bottom(model.input(*x).concat())
+    h = model.bottom(model.input(*x).materialize())
     p_ctr, p_cvr = (torch.sigmoid(tower(h)[:, 0]) for tower in model.towers)
     torch.testing.assert_close(model(*x), torch.stack([p_ctr, p_ctr * p_cvr], dim=1))
 
@@ -184,7 +184,7 @@ def test_in_esmm_the_conversion_loss_trains_the_click_tower() -> None:
 
 def test_shared_bottom_is_towers_on_one_representation() -> None:
     model, x = SharedBottom(*SIZES, 0.0), batch()
-    h = model.bottom(model.input(*x).concat())
+    h = model.bottom(model.input(*x).materialize())
     torch.testing.assert_close(model(*x), torch.cat([torch.sigmoid(tower(h)) for tower in model.towers], dim=1))
 
 
@@ -231,7 +231,7 @@ def test_omoe_is_mmoe_with_tied_gates() -> None:
 
 def test_mmoe_is_the_mixture_of_its_experts() -> None:
     model, x = MMoE(*SIZES, EXPERTS, 0.0), batch()
-    fields = model.input(*x).concat()
+    fields = model.input(*x).materialize()
     experts = model.experts(fields)
     scores = []
     for gate, tower in zip(model.gates, model.towers, strict=True):
@@ -308,7 +308,7 @@ def test_in_ple_everything_of_a_task_gets_gradient_from_its_loss(ple: PLE) -> No
 def test_ple_level_by_level(ple: PLE) -> None:
     """Equations (4) to (6), written out: each path mixes the experts it may see, each fed by its own path."""
     x = batch()
-    tasks, shared = [ple.input(*x).concat()] * TASKS, ple.input(*x).concat()
+    tasks, shared = [ple.input(*x).materialize()] * TASKS, ple.input(*x).materialize()
     for level in levels(ple):
         own, common = [bank(h) for bank, h in zip(level.specific, tasks, strict=True)], level.shared(shared)
         outputs = []
@@ -357,7 +357,7 @@ def test_aitm_attention_is_a_distribution(aitm: AITM) -> None:
 def test_aitm_step_by_step(aitm: AITM) -> None:
     """Equations (6) to (8), written out for two tasks."""
     x = batch()
-    fields = aitm.input(*x).concat()
+    fields = aitm.input(*x).materialize()
     z0, q1 = (bottom(fields) for bottom in aitm.bottoms)
     p = aitm.transfers[0](z0)
     query, key, value = aitm.queries[0], aitm.keys[0], aitm.values[0]
@@ -377,29 +377,29 @@ def test_in_aitm_knowledge_flows_from_clicks_to_conversions(aitm: AITM) -> None:
 
 def test_the_calibrator_by_hand() -> None:
     """Mean over rows of alpha max(p_1 - p_0, 0): rows of 0, 0.2 and 0 at alpha 0.6."""
-    model = AITM(*SIZES, 0.0, calibrator=0.6)
+    model = AITM(*SIZES, 0.0, calibrator_weight=0.6)
     predictions = torch.tensor([[0.5, 0.3], [0.4, 0.6], [0.1, 0.1]])
-    assert float(model.penalty(predictions)) == pytest.approx(0.6 * 0.2 / 3)
+    assert float(model.calibration_loss(predictions)) == pytest.approx(0.6 * 0.2 / 3)
     three = torch.tensor([[0.1, 0.4, 0.9], [0.9, 0.5, 0.6]])
-    assert float(model.penalty(three)) == pytest.approx(0.6 * ((0.3 + 0.5) + 0.1) / 2)
+    assert float(model.calibration_loss(three)) == pytest.approx(0.6 * ((0.3 + 0.5) + 0.1) / 2)
 
 
 def test_the_calibrator_is_off_by_default_and_set_by_get_model() -> None:
     predictions = torch.tensor([[0.1, 0.9]])
-    assert float(AITM(*SIZES, 0.0).penalty(predictions)) == 0
-    model = get_model("aitm", FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator=0.5)
+    assert float(AITM(*SIZES, 0.0).calibration_loss(predictions)) == 0
+    model = get_model("aitm", FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator_weight=0.5)
     assert isinstance(model, AITM)
-    assert float(model.penalty(predictions)) == pytest.approx(0.4)
+    assert float(model.calibration_loss(predictions)) == pytest.approx(0.4)
 
 
 def test_the_calibrator_pushes_conversions_below_clicks() -> None:
-    model, x = AITM(*SIZES, 0.0, calibrator=1.0), batch()
+    model, x = AITM(*SIZES, 0.0, calibrator_weight=1.0), batch()
     copy(torch.tensor([2.0]), model.towers[1].output.bias)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    before = float(model.penalty(model(*x)).detach())
+    before = float(model.calibration_loss(model(*x)).detach())
     assert before > 0.2
     for _ in range(60):
         optimizer.zero_grad()
-        model.penalty(model(*x)).backward()
+        model.calibration_loss(model(*x)).backward()
         optimizer.step()
-    assert float(model.penalty(model(*x)).detach()) < before / 2
+    assert float(model.calibration_loss(model(*x)).detach()) < before / 2

@@ -13,11 +13,12 @@ from conftest import ENVIRONMENT, SMALL, complaint, run, snapshot
 
 import RLmain
 import SLmain
+from common import fileio
 from dataset.prepare import prepare
-from dataset.simulate import simulate
+from dataset.simulate import SimulationConfig, simulate
 from slmodels import build
 from train.Arguments import RLArguments
-from train.memory_estimate import UNIT, NetworkSize, network_size
+from train.memory_estimate import UNIT_BYTES, network_size
 
 DIMS = [100, 50, 7]
 
@@ -32,17 +33,18 @@ def test_a_network_is_measured_without_being_made() -> None:
     size = network_size(make, DIMS, 16)
     assert torch.equal(torch.rand(3), expected), "no random number is drawn"
     assert size.parameters == sum(one.numel() for one in make().parameters())
-    assert size.units == 16 + 32 + 8 + 2 * (4 + 1)  # the numbers' block, the bottom, both towers
+    assert size.activations_per_row == 16 + 32 + 8 + 2 * (4 + 1)  # the numbers' block, the bottom, both towers
     assert (size.first, size.fields, size.embed_dim, size.table) == (32, 3, 16, 157)
-    assert size.step(1000) > 1000 * size.units * UNIT
+    assert size.step(1000) > 1000 * size.activations_per_row * UNIT_BYTES
 
 
 PEAK = """
 import resource, sys, torch
 from slmodels import build
-from train.memory import PARAMETER, UNIT, UNIT_TWICE, size_of
-from train.run import _losses, bce_loss
-from train.utils import EarlyStopper, pick_device
+from common.device import pick_device
+from train.memory_estimate import PARAMETER_BYTES, UNIT_BYTES, UNIT_BYTES_SECOND_ORDER, network_size
+from train.supervised import bce_loss
+from train.utils import EarlyStopper
 pick_device("cpu")
 torch.set_num_threads(1)
 name, batch, embed_dim, rows = sys.argv[1], *map(int, sys.argv[2:])
@@ -53,7 +55,7 @@ def train(batch, dims, build):
     optimizer, stopper = torch.optim.Adam(model.parameters(), fused=True), EarlyStopper(3)
     for epoch in range(2):
         ids = torch.stack([torch.randint(one, (batch,)) for one in dims], 1)
-        losses = _losses(model, ids, torch.randn(batch, 6), (torch.rand(batch, 2) < 0.1).float(), bce_loss, None)
+        losses = model.losses((ids, torch.randn(batch, 6), (torch.rand(batch, 2) < 0.1).float()), bce_loss)
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
@@ -63,9 +65,9 @@ train(8, [2] * 7, lambda: build(name, [2] * 7, 6, 2, [8], [8], 2, 2, 0.2))
 resident = int(open("/proc/self/statm").read().split()[1]) * 4096
 make = lambda: build(name, dims, 6, embed_dim, [512, 256], [128, 64], 2, 8, 0.2)
 train(batch, dims, make)
-size = size_of(make, dims, embed_dim)
+size = network_size(make, dims, embed_dim)
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident
-print((size.parameters * PARAMETER + size.step(batch, UNIT_TWICE if name == "metaheac" else UNIT)) / used)
+print((size.parameters * PARAMETER_BYTES + size.step(batch, UNIT_BYTES_SECOND_ORDER if name == "metaheac" else UNIT_BYTES)) / used)
 """
 
 
@@ -83,7 +85,7 @@ def test_the_estimate_is_near_what_training_takes(arguments: str) -> None:
 PEAK_OF_AN_AGENT = """
 import json, resource, sys
 import RLmain
-from train import memory
+from train import memory_estimate
 from train.Arguments import RLArguments
 
 needed, resident = [], []
@@ -92,7 +94,7 @@ def require_free_memory(size, what, free=None):
     needed.append(size)
     resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096)
 
-memory.require_free_memory = require_free_memory
+memory_estimate.require_free_memory = require_free_memory
 for _ in ("a memory that is filled", "one that is read"):
     RLmain.main(RLArguments(embed_dim=32, device="cpu", epoch=1, epoch_updates=2, **json.loads(sys.argv[1])))
 print(needed[0] / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - resident[0]))
@@ -118,8 +120,8 @@ def four_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with 4 GiB of memory free."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc" / "meminfo").write_text(f"MemAvailable:  {4 * 2**20} kB\n")
-    monkeypatch.setattr(files, "PROC", tmp_path / "proc")
-    monkeypatch.setattr(files, "CGROUP", tmp_path / "proc")
+    monkeypatch.setattr(fileio, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(fileio, "CGROUP", tmp_path / "proc")
 
 
 @pytest.mark.usefixtures("four_gib")
@@ -134,7 +136,7 @@ def test_a_run_that_would_not_fit_is_refused_with_the_figure(tables: Path, tmp_p
     SLmain.main(embed_dim=8, epoch=1, device="cpu")
     before = snapshot(tmp_path)
     text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, memory_size=10**8, device="cpu")))
-    assert text.startswith("a replay memory of 100,000,000 transitions of 132 bytes")
+    assert text.startswith("a replay buffer of 100,000,000 transitions of 132 bytes")
     assert "about 24.8 GiB of memory are needed" in text
     text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, critic_encoder="gru", window=100, device="cpu")))
     assert "transitions of 10428 bytes" in text, "a state is a window of 100"
@@ -143,7 +145,7 @@ def test_a_run_that_would_not_fit_is_refused_with_the_figure(tables: Path, tmp_p
 
 @pytest.mark.usefixtures("four_gib")
 def test_raw_logs_are_refused_by_their_size(raw_log: Path, tmp_path: Path) -> None:
-    text = complaint(lambda: simulate(tmp_path / "raw", NetworkSize(events=100_000_000)))
+    text = complaint(lambda: simulate(tmp_path / "raw", SimulationConfig(events=100_000_000)))
     assert text.startswith("a simulated log of 100,000,000 events")
     simulate(tmp_path / "raw", SMALL)
     os.truncate(tmp_path / "raw" / "events.csv", 2**31)  # sparse: it takes no room on the disk

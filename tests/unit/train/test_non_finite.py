@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,13 +19,14 @@ from common.finite import NonFiniteMonitor, first_nonfinite_tensor
 from dataset.loader import TensorLoader
 from dataset.rtrl import RetailRocketRLDataset, load_splits
 from dataset.vocabulary import encode_splits
+from layers import ESMM
 from RLmain import main as train_critics
 from slmodels import build
 from train import run as loops
 from train.Arguments import RLArguments
 from train.metrics import auc_leakage_warnings, feature_leakage_warnings
 from train.offline_rl import return_bound
-from train.run import bce_loss, sltrain
+from train.supervised import bce_loss, sltrain
 
 SL = {"embed_dim": 8, "epoch": 3, "batch_size": 512, "device": "cpu"}
 RL = {"embed_dim": 8, "epoch": 4, "epoch_updates": 10, "init_episode": 50, "batch_size": 64, "device": "cpu",
@@ -50,12 +52,12 @@ def split(rt_tables: Path) -> RetailRocketRLDataset:
 def test_the_first_bad_loss_is_remembered_and_told_when_asked() -> None:
     losses = [[1.0, 2.0], [1.0, float("nan")], [float("inf"), 1.0]]
     watch = NonFiniteMonitor("cpu", 100)
-    assert watch.see(1, torch.tensor(losses[0])) is None
-    assert watch.see(2, torch.tensor(losses[1])) == (1, 2)
+    assert watch.update(1, torch.tensor(losses[0])) is None
+    assert watch.update(2, torch.tensor(losses[1])) == (1, 2)
     seldom = NonFiniteMonitor("cpu", 100)
     seldom.interval = 100  # as on a GPU, which is not waited for at every step
-    assert [seldom.see(step, torch.tensor(one)) for step, one in enumerate(losses, start=1)] == [None] * 3
-    assert seldom.see(4, torch.tensor(losses[0]), last=True) == (1, 2)
+    assert [seldom.update(step, torch.tensor(one)) for step, one in enumerate(losses, start=1)] == [None] * 3
+    assert seldom.update(4, torch.tensor(losses[0]), last=True) == (1, 2)
 
 
 @pytest.mark.parametrize(("p", "y"), [(0.3, 1.0), (1.0, 0.0), (0.0, 1.0), (1e-9, 0.0), (0.0, 0.0)])
@@ -81,7 +83,7 @@ class Weights:
     def weights(self, categorical_x: Tensor, numerical_x: Tensor, labels: Tensor) -> Tensor:
         return torch.ones_like(labels) * torch.tensor([1.0, float("inf")])
 
-    def summary(self, task_names: object) -> dict[str, float]:
+    def weight_statistics(self, task_names: object) -> dict[str, float]:
         return {}
 
 
@@ -95,7 +97,7 @@ def test_training_stops_at_the_batch_and_names_task_and_tensor(split: RetailRock
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     text = complaint(lambda: train(polisher=Weights()))
-    assert "the loss of task 1 is no number at epoch 7, step 1 (NaN or infinity in the critics' weights)" in text
+    assert "task 1: loss is NaN/Inf at epoch 7, step 1 (NaN or infinity in the critics' weights)" in text
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), "no step was made"
 
     bad_row = int(np.random.default_rng([1, 7]).permutation(len(split))[256 * 3 + 5])  # of the fourth batch
@@ -104,12 +106,12 @@ def test_training_stops_at_the_batch_and_names_task_and_tensor(split: RetailRock
         text = complaint(train)
     finally:
         loader.tensors[1][bad_row, 2] = 0.0
-    assert "the loss of task 0 is no number at epoch 7, step 4 (NaN or infinity in numerical_x)" in text
+    assert "task 0: loss is NaN/Inf at epoch 7, step 4 (NaN or infinity in numerical_x)" in text
 
     with torch.no_grad():
         model.towers[1].output.bias.fill_(float("nan"))  # type: ignore[union-attr, index, operator]
     text = complaint(train)
-    assert "the loss of task 1 is no number at epoch 7, step 1 (NaN or infinity in towers.1.output.bias)" in text
+    assert "task 1: loss is NaN/Inf at epoch 7, step 1 (NaN or infinity in towers.1.output.bias)" in text
 
 
 def test_a_weight_that_is_no_number_is_found_though_no_loss_shows_it() -> None:
@@ -122,17 +124,17 @@ def test_a_weight_that_is_no_number_is_found_though_no_loss_shows_it() -> None:
 
 def test_the_last_good_epoch_of_a_run_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers go wrong in the second epoch: state and model are those of the first, and --resume goes on from there."""
-    losses = loops._losses
-    epochs: list[int] = []
+    losses = ESMM.losses
+    steps: list[int] = []
 
-    def spoiled(model: nn.Module, *batch: Tensor) -> Tensor:
-        epochs.append(1)
-        return losses(model, *batch) * (float("nan") if len(epochs) == 8 else 1.0)  # type: ignore[arg-type]
+    def spoiled(self: ESMM, *batch: Any) -> Tensor:
+        steps.append(1)
+        return losses(self, *batch) * (float("nan") if len(steps) == 8 else 1.0)
 
-    monkeypatch.setattr(loops, "_losses", spoiled)
+    monkeypatch.setattr(ESMM, "losses", spoiled)
     text = complaint(lambda: SLmain.main(**SL))
     assert "at epoch 2, step 2 (NaN or infinity in predictions)" in text
-    state = load_tensors(here / "chkpt/SL/rt_esmm/state.pt", "")
+    state = load_tensors(here / "chkpt/SL/rt_esmm/checkpoint.pt", "")
     assert state["epoch"] == 1
     saved = load_tensors(here / "chkpt/SL/rt_esmm/rt_esmm_0.0.pt", "")["weights"]
     assert all(torch.equal(saved[name], tensor) for name, tensor in state["model"].items())
@@ -182,10 +184,10 @@ def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: P
     monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, critic, target, batch: torch.full_like(
         batch["done"], -1e4 * (self.updates >= 20)))
     text = complaint(lambda: train_critics(RLArguments(**settings, critic_lr=0.1)))
-    assert re.search(r"critic 1 \(task 0\) diverged in epoch 3: its mean \|Q\| is \S+, its loss \S+, but no return is "
-                     rf"beyond {return_bound(float(np.log(1e-4)) if reward_type == 'bce' else 1.0, 0.9, 400):.3g}",
+    assert re.search(r"critic 1 \(task 0\) diverged in epoch 3: mean \|Q\| is \S+, its loss \S+: exceeds the "
+                     rf"largest possible return \({return_bound(float(np.log(1e-4)) if reward_type == 'bce' else 1.0, 0.9, 400):.3g}",
                      text), text
-    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/state.pt", "")["epoch"] == 2
+    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/checkpoint.pt", "")["epoch"] == 2
 
 
 def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +196,7 @@ def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, m
         float("inf") if task == 1 and self.updates == 12 else 1.0))
     text = complaint(lambda: train_critics(RLArguments(**RL)))
     assert text.startswith("the loss of critic2 (task 1) is inf at update 13 (NaN or infinity in Q or the target, of ")
-    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/state.pt", "")["epoch"] == 1
+    assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/checkpoint.pt", "")["epoch"] == 1
 
 
 # --------------------------------------------------------------------------------------------------------------- leaks
@@ -215,7 +217,7 @@ def test_a_feature_that_knows_the_label_is_named(split: RetailRocketRLDataset) -
 def test_an_auc_that_is_too_good_is_warned_about() -> None:
     assert auc_leakage_warnings([0.85, float("nan")], "test", ["CTR", "CTCVR"]) == []
     assert auc_leakage_warnings([0.5, 0.995], "test", ["CTR", "CTCVR"]) == [
-        "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: does a feature know the label?"]
+        "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: possible label leakage"]
 
 
 def test_a_leak_is_told_by_a_run_and_an_honest_run_says_nothing(here: Path, capsys: pytest.CaptureFixture[str],

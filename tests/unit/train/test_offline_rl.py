@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import complaint
+from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from numpy.typing import NDArray
-from test_agents import make_agent, same, uniform, weights
-from test_env import REWARDS, handmade
 
 from agents import DDPG_ESMM, DDPG_ESMM_BC
 from common.run_dir import RunDirectory
 from dataset.rtrl import RetailRocketRLDataset, load_splits
+from dataset.sessions import SessionIndex
 from dataset.vocabulary import encode_splits
 from env import MTEnv, RewardType, compute_reward
+from train import offline_rl as offline
 from train.offline_rl import (
     collect_transitions,
     discounted_returns,
@@ -46,10 +47,10 @@ Data = tuple[RetailRocketRLDataset, RetailRocketRLDataset]
 
 def test_discounted_returns_by_hand() -> None:
     rewards = np.float32([[-1, 0], [-2, -4], [-3, -1], [-5, -7], [-8, 0]])
-    starts, ends = np.array([0, 3, 4]), np.array([2, 3, 4])
+    index = SessionIndex(np.array([7, 7, 7, 2, 5]))
     expected = [[-1 - 1 - 0.75, -2 - 0.25], [-2 - 1.5, -4 - 0.5], [-3, -1], [-5, -7], [-8, 0]]
-    np.testing.assert_allclose(discounted_returns(rewards, starts, ends, 0.5), expected)
-    np.testing.assert_array_equal(discounted_returns(rewards, starts, ends, 0.0), rewards)
+    np.testing.assert_allclose(discounted_returns(rewards, index, 0.5), expected)
+    np.testing.assert_array_equal(discounted_returns(rewards, index, 0.0), rewards)
     assert rewards[0, 0] == -1, "the rewards are left as they are"
 
 
@@ -144,7 +145,7 @@ def test_resuming_refuses_other_settings_and_a_fresh_start_keeps_the_old_state(t
     text = complaint(lambda: trained(tmp_path, data, 2, resume=True, settings={"gamma": 0.5}))
     assert "--gamma" in text
     trained(tmp_path, data, 1)
-    assert (tmp_path / "state.previous.pt").exists()
+    assert (tmp_path / "checkpoint.previous.pt").exists()
 
 
 def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Data,
@@ -177,30 +178,30 @@ def test_a_dead_critic_is_revived_with_a_message(tmp_path: Path, data: Data,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     agent, rows = trained(tmp_path, data, 4, change=kill_critic)
     said = capsys.readouterr().out
-    assert said.count("critic 2 is dead (0 for 100% of the states): revived") == 1
-    assert "critic 1 is dead" not in said
-    assert rows[0]["zero_share_1"] == 1
-    assert rows[0]["zero_share_0"] < 0.99
-    assert rows[-1]["zero_share_1"] < 0.99
-    assert evaluate_critics(MTEnv(data[1]), agent)["zero_share_1"] < 0.99
+    assert said.count("critic 2 collapsed (100% zero outputs, standard deviation of Q 0): re-initialized") == 1
+    assert "critic 1 collapsed" not in said
+    assert rows[0]["zero_fraction_1"] == 1
+    assert rows[0]["zero_fraction_0"] < 0.99
+    assert rows[-1]["zero_fraction_1"] < 0.99
+    assert evaluate_critics(MTEnv(data[1]), agent)["zero_fraction_1"] < 0.99
 
 
 def test_a_critic_that_stays_dead_fails_the_run(tmp_path: Path, data: Data) -> None:
     def for_good(agent: DDPG_ESMM) -> None:
         kill_critic(agent)
         for critic in (agent.critic2, agent.critic2_target):
-            critic.revive = lambda: None  # type: ignore[method-assign]
+            critic.reset_head = lambda: None  # type: ignore[method-assign]
 
     text = complaint(lambda: trained(tmp_path, data, 50, change=for_good))
-    assert "critic 2 is dead" in text
+    assert "critic 2 collapsed" in text
     assert "100%" in text
 
 
 def test_a_dead_critic_at_the_last_epoch_is_not_handed_out_as_good(tmp_path: Path, data: Data) -> None:
     """Reviving at the very end would leave an untrained critic: the run fails, and hands none out."""
     text = complaint(lambda: trained(tmp_path, data, 1, change=kill_critic))
-    assert "critic 2 is dead" in text
-    assert "no epoch is left" in text
+    assert "critic 2 collapsed" in text
+    assert "or no epoch is left for it" in text
     assert not (tmp_path / "critic2.pth").exists()
 
 
@@ -226,7 +227,7 @@ def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
     assert (tmp_path / "memory.npz").stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(first.memory.storage, second.memory.storage)
     text = complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
-    assert "another reward type" in text
+    assert "its reward type is" in text
     trained(tmp_path, data, 1, reward_type="norm", refill=True)
     assert "filled with" in capsys.readouterr().out
 
@@ -236,7 +237,7 @@ def test_a_memory_that_held_something_is_filled_anew(tmp_path: Path, data: Data,
     """What is written under the agent's name is what such an agent fills, not what it happened to hold before."""
     clean, _ = trained(tmp_path / "clean", data, 1)
     held, _ = trained(tmp_path / "held", data, 1, change=uniform)
-    assert f"the {len(data[0]):,} transitions that the memory held are left out" in capsys.readouterr().out
+    assert f"replay buffer: discarding its {len(data[0]):,} transitions" in capsys.readouterr().out
     assert len(held.memory) == len(clean.memory)
     with np.load(tmp_path / "clean/memory.npz") as one, np.load(tmp_path / "held/memory.npz") as other:
         np.testing.assert_array_equal(one["action"], other["action"])
@@ -270,14 +271,14 @@ def test_the_exact_q_has_no_td_error_and_ranks_perfectly(tmp_path: Path, monkeyp
     for task in range(2):
         assert figures[f"td_error_{task}"] == pytest.approx(0, abs=1e-12)
         assert figures[f"rank_correlation_{task}"] == pytest.approx(1)
-        assert figures[f"zero_share_{task}"] == 0
+        assert figures[f"zero_fraction_{task}"] == 0
     assert figures["score"] == pytest.approx(float(played.reward.sum()) / 4, rel=1e-5)
 
     monkeypatch.setattr(offline, "rollout", answers(played._replace(q=-played.returns)))
     assert evaluate_critics(agent.env, agent)["rank_correlation_0"] == pytest.approx(-1)
     monkeypatch.setattr(offline, "rollout", answers(played._replace(q=np.zeros((11, 2)))))
     figures = evaluate_critics(agent.env, agent)
-    assert figures["zero_share_1"] == 1
+    assert figures["zero_fraction_1"] == 1
     assert figures["rank_correlation_1"] == 0
     assert figures["td_error_1"] == pytest.approx(float((played.reward[:, 1] ** 2).mean()))
 
@@ -331,13 +332,13 @@ def test_losses_are_drawn_into_a_png(tmp_path: Path) -> None:
 
 def test_a_run_leaves_its_books(tmp_path: Path, data: Data) -> None:
     trained(tmp_path, data, 2)
-    run = RunDirectory(tmp_path, tmp_path.name)
+    run = RunDirectory.of_agent(tmp_path)
     lines = run.metrics.read_text().splitlines()
     assert len(lines) == 3
     assert {"epoch", "closs1", "closs2", "aloss", "aloss_reg", "score", "td_error_0", "rank_correlation_1",
-            "zero_share_0"} <= set(lines[0].split(","))
+            "zero_fraction_0"} <= set(lines[0].split(","))
     assert run.curves.read_bytes().startswith(b"\x89PNG")
-    assert run.state.exists()
+    assert run.checkpoint.exists()
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -347,7 +348,7 @@ def test_a_refused_memory_leaves_an_earlier_runs_files_alone(tmp_path: Path, dat
     baseline = "rt_esmm.pt"  # written by the helper of these tests
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != baseline}
     for _ in range(2):
-        assert "another reward type" in complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+        assert "its reward type is" in complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
     with pytest.raises(ValueError, match="at least 1"):
         trained(tmp_path, data, 0)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 import SLmain
 from common.checkpoint import load_tensors
+from common.csv_reader import write_csv
 from common.errors import UserError
-from common.run_dir import RunDirectory
 from dataset.rtrl import load_splits
 from dataset.vocabulary import encode_splits
 from layers import ESMM, CriticNeg
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, save_model
 from train.Arguments import SLArguments
-from train.metrics import Metrics
+from train.metrics import Metrics, read_test_metrics
 from train.polish import RlLossPolisher
 
 
@@ -38,7 +38,7 @@ class Actor(nn.Module):
         return self.scale * numerical_x[:, :1]
 
 
-class Judge(nn.Module):
+class FakeCritic(nn.Module):
     """Q = -(base + action), in closed form."""
 
     def __init__(self, base: float) -> None:
@@ -63,13 +63,13 @@ Q = torch.tensor([[-1.2, -2.1], [-1.4, -2.2], [-1.6, -2.3]])
     ("contrast", torch.exp(-0.5 * (Q - Q.mean(0)) / Q.std(0, correction=0))),
 ])
 def test_weights_by_their_closed_form(method: str, expected: Tensor) -> None:
-    polisher = RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], 0.5, method)
+    polisher = RlLossPolisher(Actor(), [FakeCritic(1.0), FakeCritic(2.0)], 0.5, method)
     torch.testing.assert_close(polisher.weights(*BATCH), expected)
 
 
 @pytest.mark.parametrize("method", ["full", "label", "critic", "inverse", "contrast", "constant"])
 def test_normalised_weights_keep_their_proportions_and_have_mean_1(method: str) -> None:
-    plain, normalized = (RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], 0.5, method, normalize).weights(*BATCH)
+    plain, normalized = (RlLossPolisher(Actor(), [FakeCritic(1.0), FakeCritic(2.0)], 0.5, method, normalize).weights(*BATCH)
                          for normalize in (False, True))
     torch.testing.assert_close(normalized.mean(dim=0), torch.ones(2))
     torch.testing.assert_close(normalized * plain.mean(dim=0), plain)
@@ -80,7 +80,7 @@ def test_contrast_is_as_wide_as_lambda_says_whatever_the_scale_of_q() -> None:
     batch = BATCH[0], 1000 * BATCH[1], BATCH[2]
 
     def spread(method: str, polish_lambda: float) -> float:
-        w = RlLossPolisher(Actor(), [Judge(1.0), Judge(2.0)], polish_lambda, method).weights(*batch)
+        w = RlLossPolisher(Actor(), [FakeCritic(1.0), FakeCritic(2.0)], polish_lambda, method).weights(*batch)
         return float(w[:, 0].max() / w[:, 0].min())
 
     assert spread("full", 10.0) == pytest.approx(spread("full", 1.0), rel=0.01)
@@ -186,15 +186,15 @@ def test_the_weights_are_numbers_to_the_gradient() -> None:
 def test_the_summary_by_hand() -> None:
     polisher = RlLossPolisher(Actor(), [], 1.0, "constant")
     for part in ([[1.0, 1], [1, 2]], [[1, 3], [1, 4], [1, 1]]):
-        polisher.seen.append(torch.tensor(part))
-    figures = polisher.summary(["CTR", "CTCVR"])
+        polisher._weight_buffer.append(torch.tensor(part))
+    figures = polisher.weight_statistics(["CTR", "CTCVR"])
     assert figures["weight_ess_CTR"] == figures["weight_at_1_CTR"] == 1
     assert [figures[f"weight_q{q}_CTR"] for q in ("05", "50", "95")] == [1, 1, 1]
     assert figures["weight_ess_CTCVR"] == pytest.approx(11**2 / (5 * (1 + 4 + 9 + 16 + 1)))
     assert figures["weight_at_1_CTCVR"] == pytest.approx(0.4)
     assert [figures[f"weight_q{q}_CTCVR"] for q in ("05", "50", "95")] == pytest.approx([1, 2, 3.8])
     polisher.weights(*BATCH)
-    assert polisher.summary(["CTR", "CTCVR"])["weight_ess_CTCVR"] == 1, "only what came since the last call"
+    assert polisher.weight_statistics(["CTR", "CTCVR"])["weight_ess_CTCVR"] == 1, "only what came since the last call"
 
 
 # ------------------------------------------------------------------------------------------------------- the program
@@ -274,19 +274,19 @@ def test_the_summary_sets_baseline_control_and_run_side_by_side(shop: Path, caps
     metrics = polished()
     alone = capsys.readouterr().out
     assert set(table_of(alone)) == {"baseline", "this run: full"}
-    assert "no control yet" in alone
+    assert "no control run found" in alone
     assert "--polish_method=constant" in alone
 
     control = polished(polish_method="constant", critic_dir="nowhere")
     said = capsys.readouterr().out
-    assert "no critic is asked" in said
+    assert "critics unused" in said
     assert set(table_of(said)) == {"baseline", "this run: constant"}
 
     metrics = polished()
     said = capsys.readouterr().out
     rows = table_of(said)
     assert list(rows) == ["baseline", "control: constant", "this run: full"]
-    assert "no control yet" not in said
+    assert "no control run found" not in said
     for title, tasks in (("control: constant", control), ("this run: full", metrics)):
         expected = [figure for one in tasks for figure in (one.auc, one.logloss, one.session_logloss)]
         assert rows[title] == pytest.approx(expected, abs=5.1e-5)
@@ -320,7 +320,7 @@ def test_the_rate_of_a_polish_run_is_a_share_of_the_learning_rate(shop: Path) ->
     weights = []
     for shares in ({"learning_rate": 1e-3, "polish_lr_ratio": 0.5}, {"learning_rate": 5e-4, "polish_lr_ratio": 1.0}):
         polished(**shares)
-        weights.append(load_tensors(shop / "chkpt/SL/rt_esmm/rt_esmm_1.0/state.pt", "")["model"])
+        weights.append(load_tensors(shop / "chkpt/SL/rt_esmm/rt_esmm_1.0/checkpoint.pt", "")["model"])
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -352,23 +352,22 @@ def test_a_control_with_damaged_books_is_left_out_and_says_so(shop: Path, capsys
     path = shop / "chkpt/SL/rt_esmm/rt_esmm_1.0_constant" / file
     path.write_text(path.read_text().replace(old, new, 1))
     polished()
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
-    assert line.startswith("control: constant is left out: ")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "skipped" in line]
+    assert line.startswith("control: constant is skipped: ")
     assert path.name in line
     assert told in line
 
 
 @pytest.mark.parametrize("cell", ["1.5", "-0.1", "inf", "x", "", "0_1", "1e300"])
 def test_a_figure_that_cannot_be_is_no_control(tmp_path: Path, cell: str) -> None:
-    books = RunDirectory(tmp_path, "control")
-    figures = {f"{figure}_{task}": 0.5 for task in ("CTR", "CTCVR") for figure in Metrics._fields}
-    books.write_metrics([{"split": "val"}, {"split": "test", **figures}])
-    assert books.read_test(["CTR", "CTCVR"])[1] == {"auc": 0.5, "logloss": 0.5, "session_logloss": 0.5}
-    books.write_metrics([{"split": "val"}, {"split": "test", **figures, "auc_CTCVR": cell}])
-    assert complaint(lambda: books.read_test(["CTR", "CTCVR"])).startswith(
-        f"{tmp_path / 'metrics.csv'}, line 3, column 'auc_CTCVR': ")
-    books.write_metrics([{"split": "test", **figures}, {"split": "test", **figures}])
-    assert "line 3, column 'split'" in complaint(lambda: books.read_test(["CTR", "CTCVR"]))
+    path, names = tmp_path / "metrics.csv", ["CTR", "CTCVR"]
+    metrics = {f"{metric}_{task}": 0.5 for task in names for metric in Metrics._fields}
+    write_csv(path, [{"split": "val"}, {"split": "test", **metrics}])
+    assert read_test_metrics(path, names) == [Metrics(0.5, 0.5, 0.5)] * 2
+    write_csv(path, [{"split": "val"}, {"split": "test", **metrics, "auc_CTCVR": cell}])
+    assert complaint(lambda: read_test_metrics(path, names)).startswith(f"{path}, line 3, column 'auc_CTCVR': ")
+    write_csv(path, [{"split": "test", **metrics}, {"split": "test", **metrics}])
+    assert "line 3, column 'split'" in complaint(lambda: read_test_metrics(path, names))
 
 
 def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from common.device import pick_device
 from dataset.loader import TensorLoader
 from dataset.rtrl import load_splits
 from dataset.vocabulary import encode_splits
 from slmodels import MODELS, build
-from train.run import slpred
-from train.utils import pick_device
+from train.supervised import slpred
 
 
 @pytest.mark.parametrize("numerical", ["session", "none"])

@@ -11,6 +11,7 @@ import torch
 from conftest import complaint, snapshot
 from torch import Tensor, nn
 
+from common import distributed
 from SLmain import main
 from train.task_weighting import WEIGHTINGS, TaskWeighting, Uncertainty, make_task_weighting
 
@@ -99,10 +100,10 @@ def test_a_missing_package_is_named_with_the_command(here: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "torchjd", None)
     before = set(snapshot(here))
     text = complaint(lambda: main(**SMALL, weighting="upgrad"))
-    assert "pip install -r requirements-weighting.txt" in text
+    assert "pip install -r requirements/weighting.txt" in text
     assert not [name for name in set(snapshot(here)) - before if name.endswith(".pt")]
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(world, "SIZE", 2)
+    monkeypatch.setattr(distributed, "_world_size", 2)
     assert "one process" in complaint(lambda: make_task_weighting("uncertainty", 2, 0.1, "cpu"))

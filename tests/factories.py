@@ -1,0 +1,67 @@
+"""Small data sets and agents that several tests make."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from agents import DDPG_ESMM, DDPG_ESMM_BC
+from dataset.rtrl import RetailRocketRLDataset
+from env import MTEnv, RewardType
+from slmodels import build
+from slmodels.model_file import model_metadata, save_model
+from train.offline_rl import collect_transitions
+
+Floats = NDArray[np.float32]
+REWARDS: tuple[RewardType, ...] = ("bce", "norm")
+
+
+def handmade(lengths: Sequence[int], labels: Sequence[Sequence[int]] | None = None,
+             ids: Sequence[Sequence[int]] | None = None, field_dims: Sequence[int] = (3, 4)) -> RetailRocketRLDataset:
+    """Sessions of these lengths; row i has the numbers (i, -i) and, unless given, ids that count up."""
+    rows = np.arange(sum(lengths))
+    table = pd.DataFrame({
+        "timestamp": 1000 * rows, "sessionid": np.repeat(10 * (np.arange(len(lengths)) + 1), lengths), "itemid": 1,
+        "click": [row[0] for row in labels] if labels else rows % 2, "pay": [row[1] for row in labels] if labels else 0,
+    })
+    dataset = RetailRocketRLDataset(table, pd.DataFrame({"itemid": [1], "785": ["a"]}), ["785"], ["click", "pay"])
+    dataset.numerical = np.column_stack([rows, -rows]).astype(np.float32)
+    dataset.set_ids(np.array(ids if ids is not None else [[row % dim for dim in field_dims] for row in rows]),
+                    list(field_dims))
+    return dataset
+
+
+SIZES: dict[str, Any] = {"embed_dim": 8, "bottom_mlp_dims": (16, 8), "tower_mlp_dims": (8, 4), "expert_num": 2}
+
+
+def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM] = DDPG_ESMM_BC,
+               actor_name: str = "esmm", reward_type: RewardType = "bce", **hyparams: Any) -> DDPG_ESMM:
+    """An agent of tiny networks, with a baseline of random weights."""
+    sizes = {**SIZES, **{name: value for name, value in hyparams.items() if name in SIZES}}
+    actor = build(actor_name, dataset.field_dims, dataset.numerical_num, sizes["embed_dim"], sizes["bottom_mlp_dims"],
+                  sizes["tower_mlp_dims"], 2, sizes["expert_num"], 0.2)
+    save_model(folder / f"rt_{actor_name}.pt", actor, model_metadata(dataset.metadata, actor_name, 2, **sizes))
+    return cls(MTEnv(dataset, reward_type), actor_name, pretrain_path=folder,
+               **{"memory_size": 1000, "batch_size": 16, **hyparams})
+
+
+def uniform(agent: DDPG_ESMM, seed: int = 0, low: float = 0.0, high: float = 1.0) -> DDPG_ESMM:
+    """Fill the memory with one pass of uniform actions."""
+    rng = np.random.default_rng(seed)
+    collect_transitions(agent, lambda state: rng.uniform(low, high, (len(state), 2)).astype(np.float32))
+    return agent
+
+
+def weights(network: nn.Module) -> list[Tensor]:
+    return [tensor.clone() for tensor in network.state_dict().values()]
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
