@@ -15,8 +15,8 @@ from conftest import REPOSITORY, read_tree, run_in_process, user_error_message
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from reference_prepare import EVENTS as EVENT_TYPES
-from reference_prepare import EventRow, assert_row_counts_add_up, read_rows, reference_rows
+from reference_reader import EVENT_ORDER as EVENT_TYPES
+from reference_reader import EventRow, prepare_rows, read_prepared_rows
 
 from common.errors import UserError
 from dataset.prepare import prepare
@@ -161,7 +161,7 @@ def test_a_gap_ends_a_session(tmp_path: Path) -> None:
 
 
 def test_reference_by_hand() -> None:
-    split_rows = reference_rows(EVENTS)
+    split_rows = prepare_rows(EVENTS)
     assert split_rows is not None
     for split, rows in zip(SPLITS, split_rows, strict=True):
         assert [",".join("" if cell is None else str(cell) for cell in row) for row in rows] == ROWS[split]
@@ -174,12 +174,12 @@ def events_of(raw: Path) -> list[EventRow]:
 
 
 def test_simulated_log_equals_reference(raw_log: Path, rt_tables: Path) -> None:
-    assert read_rows(rt_tables) == reference_rows(events_of(raw_log))
+    assert read_prepared_rows(rt_tables) == prepare_rows(events_of(raw_log))
 
 
 def test_session_gaps_equal_reference(raw_log: Path, tmp_path: Path) -> None:
     prepare(raw_log, tmp_path / "rt", session_gap=60, min_session=3)
-    assert read_rows(tmp_path / "rt") == reference_rows(events_of(raw_log), session_gap=60, min_session=3)
+    assert read_prepared_rows(tmp_path / "rt") == prepare_rows(events_of(raw_log), session_gap=60, min_session=3)
 
 
 @given(events=st.lists(st.tuples(st.integers(0, 25).map(lambda step: step * 60_000), st.integers(1, 6),
@@ -190,17 +190,28 @@ def test_session_gaps_equal_reference(raw_log: Path, tmp_path: Path) -> None:
 def test_any_log_equals_reference(tmp_path_factory: pytest.TempPathFactory, events: list[EventRow],
                                   session_gap: float, min_session: int) -> None:
     """Logs full of ties: the same minute, the same item, the same event."""
-    expected = reference_rows(events, session_gap, min_session)
+    expected = prepare_rows(events, session_gap, min_session)
     folder = tmp_path_factory.mktemp("log")
     raw = write_raw(folder / "raw", events)
     if expected is None:
         assert "session" in user_error_message(lambda: prepare(raw, folder / "rt", session_gap, min_session))
         assume(False)
     prepare(raw, folder / "rt", session_gap, min_session)
-    assert read_rows(folder / "rt") == expected
+    assert read_prepared_rows(folder / "rt") == expected
 
 
 # -------------------------------------------------------------------------------------------------------- properties
+
+
+def assert_row_counts_add_up(folder: Path) -> None:
+    row_counts = manifest_of(folder)["row_counts"]
+    starts = [number for number, (label, _) in enumerate(row_counts) if label in ("events read", "property rows read")]
+    assert len(starts) == 2
+    ends = [starts[1], next(number for number, (label, _) in enumerate(row_counts) if label == "items with sessions")]
+    for start, end in zip(starts, ends, strict=True):
+        parts = [rows for label, rows in row_counts[start + 1:end] if label.startswith(("dropped", "merged", "kept"))]
+        assert row_counts[start][1] == sum(parts)
+    assert sum(rows for label, rows in row_counts if label in EVENT_TYPES) == row_counts[0][1]
 
 
 def test_row_counts_add_up(raw_log: Path, rt_tables: Path, out: Path) -> None:
@@ -209,7 +220,7 @@ def test_row_counts_add_up(raw_log: Path, rt_tables: Path, out: Path) -> None:
     row_counts = dict(manifest_of(rt_tables)["row_counts"])
     assert row_counts["events read"] == len(lines(raw_log / "events.csv"))
     assert row_counts["property rows read"] == sum(len(lines(path)) for path in raw_log.glob("item_properties*.csv"))
-    assert row_counts["kept: rows, one per item of a session"] == sum(map(len, read_rows(rt_tables)))
+    assert row_counts["kept: rows, one per item of a session"] == sum(map(len, read_prepared_rows(rt_tables)))
 
 
 @pytest.fixture
@@ -441,6 +452,6 @@ def test_the_real_sample(tmp_path: Path) -> None:
     assert row_counts["kept: values of items"] > 0
     assert row_counts["categories in the tree (not used by the tables)"] == 1_669
     table = pd.read_csv(REAL_SAMPLE / "events.csv")
-    assert read_rows(tmp_path / "rt") == reference_rows([
+    assert read_prepared_rows(tmp_path / "rt") == prepare_rows([
         (row.timestamp, row.visitorid, row.event, row.itemid, "" if np.isnan(row.transactionid) else row.transactionid)
         for row in table.itertuples()])
