@@ -280,3 +280,5 @@ def test_written_rows_are_read_as_text(tmp_path: Path) -> None:
     rows = [{"epoch": "1", "split": "val, test", "auc": ""}, {"epoch": "2.5", "split": "", "auc": "0.5"}]
     assert read_csv_rows(path, ["auc"]) == rows
     assert "column 'loss' is missing" in user_error_message(lambda: read_csv_rows(path, ["loss"]))
+    path.write_text("epoch,split\n")
+    assert read_csv_rows(path, ["split"]) == []
