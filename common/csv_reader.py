@@ -328,7 +328,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Read a file of `write_csv` as text cells; `columns` must be among its columns. Raises UserError."""
+    """The rows of a file of `write_csv` as text cells. Raises UserError if one of `columns` is missing."""
     schema: dict[str, ColumnType] = dict.fromkeys([*columns, *_read_header(path)], "optional_text")
-    rows: list[dict[str, str]] = read_table(path, schema).to_dict("records")
-    return rows
+    chunks = read_chunks(path, schema, chunk_rows=None)
+    return [row for chunk in chunks for row in chunk.to_dict("records")]

@@ -279,7 +279,7 @@ def test_a_grid_that_was_stopped_goes_on_and_repeats_nothing(done: Path, rt_tabl
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
-    assert said.startswith("interrupted; ")
+    assert said.startswith("stopped: ")
     assert said.count("\n") == 1, said
     before = path.read_text().splitlines()
     assert 3 < len(before) < len(results(done)) + 1
