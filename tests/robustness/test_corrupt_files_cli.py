@@ -1,4 +1,4 @@
-"""The commands themselves on damaged files: exit code 0, or 2 with one line that names the file, and no traceback."""
+"""The programs on corrupt files: exit code 0, or 2 with one line that names the file, and no traceback."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import corruption
 import pytest
-from conftest import COUNTS, run
+from conftest import SUMMARY_LINES, make_once, run, run_in_process
 
 from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
@@ -26,44 +26,43 @@ READERS: dict[str, tuple[str, ...]] = {  # file -> the command that reads it
                                            "simulation.json")},
     **{f"dataset/rt/{name}": SL for name in ("train.csv", "test.csv", "item_feadf.csv", "truth.csv", "manifest.json")},
     "pretrain/rt_esmm.pt": RL, "pretrain/memory.npz": RL, "chkpt/RL/res_TD3BC_esmm/critic1.pth": POLISH,
-    "chkpt/SL/rt_esmm/state.pt": (*SL, "--resume"), "chkpt/RL/res_TD3BC_esmm/state.pt": (*RL, "--resume"),
+    "chkpt/SL/rt_esmm/checkpoint.pt": (*SL, "--resume"), "chkpt/RL/res_TD3BC_esmm/checkpoint.pt": (*RL, "--resume"),
     f"{CONTROL}/config.json": POLISH, f"{CONTROL}/metrics.csv": POLISH}
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder in which every command has been run."""
-    folder = tmp_path_factory.mktemp("commands")
-    simulate(folder / "raw", SimulationConfig(events=1500, items=80, property_rows=100, seed=1))
-    prepare(folder / "raw", folder / "dataset" / "rt")
-    for flags in (SL, RL, CONSTANT):
-        done = run(folder, *flags)
-        assert done.returncode == 0, done.stderr
-    return folder
+@pytest.fixture(scope="session")
+def pipeline_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory in which every command has been run. Read only."""
+    def make(folder: Path) -> None:
+        simulate(folder / "raw", SimulationConfig(events=1500, items=80, property_rows=100, seed=1))
+        prepare(folder / "raw", folder / "dataset" / "rt")
+        for command in (SL, RL, CONSTANT):
+            done = run_in_process(folder, *command)
+            assert done.returncode == 0, done.stderr
+    return make_once(tmp_path_factory, "commands", make)
 
 
-@pytest.mark.torture
+@pytest.mark.stress
 @pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("file", READERS)
-def test_a_command_on_a_damaged_file(world: Path, tmp_path: Path, file: str, number: int) -> None:
+def test_programs_on_a_corrupt_file(pipeline_run: Path, tmp_path: Path, file: str, number: int) -> None:
     rng = random.Random(zlib.crc32(f"{file} {number}".encode()))
-    folder = tmp_path / "work"
-    shutil.copytree(world, folder)
+    folder = Path(shutil.copytree(pipeline_run, tmp_path / "copy"))
     path = folder / file
     content = path.read_bytes()
-    damaged = (corruption.damage_table(rng, content) if path.suffix == ".csv" else
-               corruption.damage_json(rng, content) if path.suffix == ".json" else
+    corrupt = (corruption.corrupt_table(rng, content) if path.suffix == ".csv" else
+               corruption.corrupt_json(rng, content) if path.suffix == ".json" else
                rng.choice(corruption.BYTES)(rng, content))
     path.unlink()
-    if damaged is corruption.FOLDER:
+    if corrupt is corruption.FOLDER:
         path.mkdir()
     else:
-        path.write_bytes(damaged)
+        path.write_bytes(corrupt)
     done = run(folder, *READERS[file])
-    said = [line for line in done.stderr.splitlines() if line.strip()]
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode in (0, 2), done.stderr
     assert "Traceback" not in done.stderr
     if done.returncode:
-        assert len(said) == 1, done.stderr
-        assert said[0].startswith("error: ")
-    COUNTS.append(f"command on damaged {file}: " + (said[0][:100] if done.returncode else "loaded"))
+        assert len(lines) == 1, done.stderr
+        assert lines[0].startswith("error: ")
+    SUMMARY_LINES.append(f"command on corrupt {file}: " + (lines[0][:100] if done.returncode else "loaded"))
