@@ -141,14 +141,6 @@ def test_action_normalizer_stores_rewarded_actions(pipeline_dir: Path) -> None:
                                    rtol=1e-5)
 
 
-def test_ddpg_trains_its_actor(pipeline_dir: Path) -> None:
-    printed = succeed(pipeline_dir, "RLmain.py", "--agent=ddpg", "--init_training_step=2", "--epoch=1", *RL)
-    assert "test: actor, task 0" in printed
-    folder = pipeline_dir / "chkpt/RL/res_DDPG_esmm"
-    assert same_weights(folder / "pretrain_actor.pth", pipeline_dir / "pretrain/rt_esmm.pt")
-    assert not same_weights(folder / "actor.pth", folder / "pretrain_actor.pth")
-
-
 @pytest.mark.stress
 def test_q_ranks_half_as_well_as_the_truth(pipeline_dir: Path) -> None:
     """The true expected return, which the simulator computes, is what an ideal critic would predict."""

@@ -796,16 +796,6 @@ def test_weight_decay_acts(workdir: Path) -> None:
                     load_weights(workdir / "chkpt/SL/rt_esmm/rt_esmm_0.0.pt"))
 
 
-def test_main_with_one_task_and_model(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    metrics = SLmain.main(**{**MAIN, "task_num": 1, "model_name": "sharedbottom"}, bottom_mlp_dims=(8, 4),
-                          tower_mlp_dims=(4,))
-    assert len(metrics) == 1
-    assert (workdir / "chkpt/SL/rt_sharedbottom/rt_sharedbottom_0.0.pt").exists()
-    said = capsys.readouterr().out
-    assert f"task 0, AUC {metrics[0].auc!r}, " in said
-    assert "task 1, AUC" not in said
-
-
 # ---------------------------------------------------------------------------------------- the page: the documented runs
 
 
@@ -850,14 +840,6 @@ def screen(shown: str) -> Iterator[str]:
         for part in line.split("\r"):
             text = part + text[len(part):]
         yield text.rstrip()
-
-
-def test_the_command_prints_the_documented_lines(terminal_run: TerminalRun) -> None:
-    lines = terminal_run.printed.splitlines()
-    at = next(number for number, line in enumerate(lines) if line.startswith("test: best auc: "))
-    assert re.fullmatch(r"test: best auc: 0\.\d{6,}", lines[at])
-    for task in (0, 1):
-        assert re.fullmatch(rf"task {task}, AUC 0\.\d{{6,}}, Log-loss \d\.\d{{6,}}", lines[at + 1 + task])
 
 
 def test_the_final_bar_stays_on_terminals(terminal_run: TerminalRun) -> None:
@@ -1710,18 +1692,6 @@ def test_replay_buffer_of_the_same_kind_is_read(agent_run: AgentRun, make_agent:
     assert sorted(map(tuple, one["action"].tolist())) == sorted(map(tuple, two["action"].tolist()))
 
 
-def test_a_memory_of_another_reward_is_refused(agent_run: AgentRun, make_agent: MakeAgent, splits: Splits,
-                                               tmp_path: Path) -> None:
-    before = agent_run.memory.read_bytes()
-    agent = make_agent(DDPG_ESMM_BC, MTEnv(splits.val, "norm"))
-    text = user_error_message(lambda: loops.train_and_test_offline(MTEnv(splits.test, "norm"), agent, 1, 30,
-                                                                   tmp_path / "agent", agent_run.memory))
-    assert "reward" in text
-    assert "norm" in text
-    assert agent_run.memory.read_bytes() == before
-    assert len(agent.memory) == 0
-
-
 def test_a_memory_of_another_actor_is_refused(agent_run: AgentRun, polish_run: tuple[Path, str], splits: Splits,
                                               tmp_path: Path) -> None:
     agent = DDPG_ESMM_BC(MTEnv(splits.val), "ple", pretrain_path=polish_run[0] / "pretrain", memory_size=5_000)
@@ -1868,14 +1838,6 @@ def critics_run(baseline_run: BaselineRun, tmp_path_factory: pytest.TempPathFact
     return folder, done.stdout
 
 
-def test_rlmain_saves_critics_and_memory(critics_run: tuple[Path, str]) -> None:
-    folder = critics_run[0] / "chkpt/RL/res_TD3BC_esmm"
-    for name in NETWORKS:
-        assert load_weights(folder / f"{name}.pth")
-    assert {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"} <= {path.name for path in folder.iterdir()}
-    assert (critics_run[0] / "pretrain/memory.npz").exists()
-
-
 def test_rlmain_prints_the_actors_test(critics_run: tuple[Path, str], baseline_run: BaselineRun) -> None:
     """The actor of BC is the baseline: its figures are the baseline's."""
     found = re.findall(r"^test: actor, task (\d), AUC (\S+), Log-loss (\S+)$", critics_run[1], flags=re.M)
@@ -1916,15 +1878,6 @@ def test_polish_prints_the_documented_lines(polish_run: tuple[Path, str]) -> Non
     """Twice: of the baseline that was missing, and of the polished model."""
     assert len(re.findall(r"^test: best auc: 0\.\d{6,}$", polish_run[1], flags=re.M)) == 2
     assert len(re.findall(r"^task 1, AUC 0\.\d{6,}, Log-loss \d\.\d{6,}$", polish_run[1], flags=re.M)) == 2
-
-
-def test_polish_saves_best_and_last_model(polish_run: tuple[Path, str]) -> None:
-    """The last epoch's model is there even where no epoch beats the baseline: it is another one."""
-    folder = polish_run[0] / "chkpt/SL/rt_ple"
-    assert (folder / "rt_ple_1.0.pt").exists()
-    baseline = load_weights(polish_run[0] / "pretrain/rt_ple.pt")
-    assert not same_weights(load_weights(folder / "rt_ple_1.0_last.pt"), baseline)
-    assert baseline.keys() == load_weights(folder / "rt_ple_1.0_last.pt").keys()
 
 
 def test_polish_summary_has_the_last_model(polish_run: tuple[Path, str], splits: Splits) -> None:
