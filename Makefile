@@ -1,56 +1,55 @@
-# make demo   set up the environment, then run the documented commands
-# make bench  time everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
-# make experiments   reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help tells what can be chosen
-# make test   set up the environment, then lint, type-check and test (some 12 minutes on 2 cores)
-# make torture  all trials of faults and bad input, with their counts
+# make demo         set up the environment, then run the documented commands
+# make test         set up the environment, then lint, check types and test, a process a core (4 minutes on 2 cores)
+# make stress       the long tests: faults and corrupt files by the thousand, runs of full length (an hour)
+# make experiments  reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help lists the options
+# make bench        measure everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
+# make clean        remove the environment and the caches
 
 PYTHON ?= python3
 PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo experiments test test-slow torture bench lint clean
+.PHONY: demo test stress experiments bench lint clean
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
 	$(PY) RLmain.py
 	$(PY) SLmain.py --model_name=ple --polish=1
 
-experiments: .venv/weighting.stamp
-	$(PY) experiments.py $(FLAGS)
-
 test: lint
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
-test-slow: .venv/dev.stamp
-	$(PY) -m pytest -m slow
+stress: .venv/test.stamp
+	$(PY) -m pytest -n auto --dist worksteal -m stress
 
-torture: .venv/dev.stamp
-	$(PY) -m pytest -m torture
+experiments: .venv/weighting.stamp
+	$(PY) -m experiments $(FLAGS)
 
 bench: .venv/bench.stamp
-	$(PY) -m bench
-	$(PY) -m bench.scale
+	$(PY) -m benchmarks
+	$(PY) -m benchmarks.scaling
 
-lint: .venv/dev.stamp
+lint: .venv/test.stamp
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-# One environment; a stamp for each list of requirements that it holds.
+# One environment; a stamp for each list of requirements that is installed in it.
 .venv/run.stamp: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or later is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/dev.stamp: requirements-dev.txt requirements-weighting.txt .venv/run.stamp
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/test.stamp: requirements/test.txt requirements/weighting.txt .venv/run.stamp
+	$(PIP) -r requirements/test.txt
 	touch $@
 
-.venv/weighting.stamp: requirements-weighting.txt .venv/run.stamp
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-weighting.txt
+.venv/weighting.stamp: requirements/weighting.txt .venv/run.stamp
+	$(PIP) -r requirements/weighting.txt
 	touch $@
 
-.venv/bench.stamp: requirements-bench.txt .venv/run.stamp
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-bench.txt
+.venv/bench.stamp: requirements/bench.txt .venv/run.stamp
+	$(PIP) --no-deps -r requirements/bench.txt
 	touch $@
 
 clean:

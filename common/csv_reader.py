@@ -1,4 +1,4 @@
-"""CSV files, every cell checked: a bad cell is named by file, line and column; repairs are counted and printed."""
+"""CSV files: each cell is checked; errors name file, line and column, repairs are counted and printed."""
 
 from __future__ import annotations
 
@@ -21,38 +21,47 @@ import pandas as pd
 from common.errors import UserError, truncate
 from common.fileio import require_regular_file, write_text
 
-csv.field_size_limit(2**31 - 1)  # a cell may be long; the default of 128 KiB would hide the error behind it
-
+csv.field_size_limit(2**31 - 1)  # a cell may exceed the default of 128 KiB
 
 ColumnType = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
-CellError = tuple[int, str, str]  # line, column, what is wrong
-WHITESPACE = " \t\v\f"  # around a number, as pandas leaves them out
-NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id that is not there, in words
-BOOLEAN_STRINGS = ("True", "TRUE", "true", "False", "FALSE", "false")  # pandas would read a column of them as 1 and 0
+CellError = tuple[int, str, str]  # line, column, problem
+WHITESPACE = " \t\v\f"  # ignored around a number, as by pandas
+NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id that is missing
+BOOLEAN_STRINGS = ("True", "TRUE", "true", "False", "FALSE", "false")  # pandas reads a column of them as 1 and 0
 MAX_EXACT_INT = 2**53  # the largest integer up to which a float64, hence "1.44E+12", is exact
 
 
-def log_repairs(path: Path, count: int, what: str) -> None:
-    """Say what was put right in a file while it was read: nothing is repaired in silence."""
+def log_repairs(path: Path, count: int, repair: str) -> None:
+    """Print how many cells or rows were repaired while a file was read."""
     if count:
-        print(f"{path}: repaired: {count:,} {what}")
+        print(f"{path}: repaired: {count:,} {repair}")
+
+
+def cell_location(path: Path, row: int, column: str) -> str:
+    """The location of a cell, in a file that may have rows of several lines; `row` counts from 0."""
+    return f"{path}, row {row + 1} (about line {row + 2}), column '{column}'"
 
 
 def normalize_category(value: str) -> str:
-    """A category without blanks around it, and 12 for the 12.0 that spreadsheets make of it."""
+    """Strip whitespace around a category, and the ".0" that spreadsheets add to whole numbers."""
     value = value.strip()
     return value[:-2] if value.endswith(".0") and value[:-2].lstrip("-").isdigit() else value
 
 
 def count_lines(path: Path) -> int:
-    """How many lines a file has, without reading it whole."""
+    """The number of lines of a file, read in blocks."""
     with open(path, "rb") as file:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
 def read_table(path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = ()) -> pd.DataFrame:
-    """Read a CSV file (plain or .gz) whole; see `read_chunks`. Raises UserError where it has no rows."""
-    table = pd.concat(list(read_chunks(path, columns, optional, chunk_rows=None)), ignore_index=True)
+    """Read a whole CSV file (plain or .gz); see `read_chunks`. Raises UserError if it has no rows."""
+    return concat_rows(path, read_chunks(path, columns, optional, chunk_rows=None))
+
+
+def concat_rows(path: Path, chunks: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all chunks of `path`. Raises UserError if there are none."""
+    table = pd.concat(list(chunks), ignore_index=True)
     if table.empty:
         raise UserError(f"{path}: no rows below the header: is it the right file?")
     return table
@@ -61,37 +70,36 @@ def read_table(path: Path, columns: Mapping[str, ColumnType], optional: Sequence
 def read_chunks(
     path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = (), chunk_rows: int | None = 2_000_000
 ) -> Iterator[pd.DataFrame]:
-    """Yield the named columns of a CSV file in tables of `chunk_rows` rows, every cell checked.
+    """Yield the given columns of a CSV file in tables of `chunk_rows` rows.
 
-    ColumnTypes: `id` a whole number below 2^53 (`12`, `12.0`, `1.44E+12`), int64; `optional_id` the same or empty, float64;
-    `label` 0 or 1, float32; `number` finite, float64; `text` not empty; `optional_text` empty becomes "".
-    Columns in `optional` may be absent from the file. Other columns of the file are not read.
+    Column types: `id` a whole number below 2^53 (`12`, `12.0`, `1.44E+12`), int64; `optional_id` the same or empty,
+    float64; `label` 0 or 1, float32; `number` finite, float64; `text` not empty; `optional_text` text, may be empty.
+    Columns in `optional` may be missing from the file. Further columns of the file are ignored.
 
-    Repairs, counted and shown: blank lines are left out; `optional_id` takes NULL, NA, nan and blanks for empty.
-    Raises UserError naming file, line and column for whatever does not fit.
+    Repairs, counted and printed: blank lines are skipped; NULL, NA, nan and blank cells of an `optional_id` are empty.
+    Raises UserError naming file, line and column of an invalid cell.
     """
     header = _read_header(path)
     missing = [name for name in columns if name not in header and name not in optional]
     if missing:
-        near = difflib.get_close_matches(missing[0], [name for name in header if name not in columns], n=1)
-        hint = f"; is '{near[0]}' misspelt?" if near else ""
-        there = ", ".join(header)
-        raise UserError(f"{path}, line 1: column '{missing[0]}' is missing (there are: "
-                        f"{there if len(there) <= 400 else there[:397] + '...'}){hint}")
-    schema = {name: kind for name, kind in columns.items() if name in header}
-    numbers = [name for name, kind in schema.items() if kind in ("id", "label", "number")]
-    texts = [name for name in schema if name not in numbers]
+        suggestion = difflib.get_close_matches(missing[0], [name for name in header if name not in columns], n=1)
+        hint = f"; is '{suggestion[0]}' misspelt?" if suggestion else ""
+        raise UserError(f"{path}, line 1: column '{missing[0]}' is missing "
+                        f"(available: {truncate(', '.join(header), 400)}){hint}")
+    schema = {name: column_type for name, column_type in columns.items() if name in header}
+    numeric = [name for name, column_type in schema.items() if column_type in ("id", "label", "number")]
+    texts = [name for name in schema if name not in numeric]
     options: dict[str, Any] = {
-        # Every column is parsed, also those nobody asked for: a row with too many cells must not shift unnoticed.
-        "dtype": {name: "float64" if name in numbers else object if name in texts else "category" for name in header},
-        "na_values": {name: ["", *NA_VALUES, *BOOLEAN_STRINGS] for name in numbers},
+        # The ignored columns are parsed too: a row with too many cells would otherwise shift unnoticed.
+        "dtype": {name: "float64" if name in numeric else object if name in texts else "category" for name in header},
+        "na_values": {name: ["", *NA_VALUES, *BOOLEAN_STRINGS] for name in numeric},
         "keep_default_na": False,
         "index_col": False,
         "encoding": "utf-8-sig",
     }
-    rows = words = 0
+    rows = na_cells = 0
     try:
-        if _first_row_width(path) > len(header):  # the empty ones of these would be cut off in silence
+        if _first_row_width(path) > len(header):  # pandas would drop extra empty cells silently
             raise _locate_error(path, header, schema)
         with pd.read_csv(path, chunksize=chunk_rows or sys.maxsize, **options) as reader:
             while (chunk := _next_chunk(reader)) is not None:
@@ -99,8 +107,8 @@ def read_chunks(
                 checked = _cast_columns(chunk, schema)
                 if checked is None:
                     raise _locate_error(path, header, schema)
-                words += sum(int((checked[name].isna() & (chunk[name] != "")).sum())
-                             for name, kind in schema.items() if kind == "optional_id")
+                na_cells += sum(int((checked[name].isna() & (chunk[name] != "")).sum())
+                                for name, column_type in schema.items() if column_type == "optional_id")
                 yield checked
         blank_lines = _count_blank_lines(path, rows, len(header))
         if blank_lines is None:
@@ -109,8 +117,8 @@ def read_chunks(
         raise
     except (ValueError, OverflowError, OSError, EOFError, zlib.error, csv.Error, pd.errors.ParserWarning) as error:
         raise _locate_error(path, header, schema, error) from error
-    log_repairs(path, blank_lines, "blank lines left out")
-    log_repairs(path, words, "cells taken for empty that say NULL, NA or nan, or are blank")
+    log_repairs(path, blank_lines, "blank lines skipped")
+    log_repairs(path, na_cells, "NULL, NA, nan or blank cells read as empty")
 
 
 def _next_chunk(reader: Any) -> pd.DataFrame | None:
@@ -120,8 +128,8 @@ def _next_chunk(reader: Any) -> pd.DataFrame | None:
 
 
 def _count_blank_lines(path: Path, rows: int, cells: int) -> int | None:
-    """Look at the bytes once more: how many lines are blank; None where a row ends early, which pandas fills up in
-    silence, or a byte is NUL. Longer rows were refused, so commas tell."""
+    """The number of blank lines, from a second pass over the bytes; None if there is a NUL byte, or a row too short,
+    which pandas pads silently. Longer rows were refused before, so the number of commas is enough."""
     commas = lines = 0
     quoted, last = False, b"\n"
     with _open_maybe_gzip(path, "rb") as file:
@@ -136,7 +144,7 @@ def _count_blank_lines(path: Path, rows: int, cells: int) -> int | None:
     if not quoted:
         return lines + (last not in b"\r\n") - (rows + 1) if commas == (rows + 1) * (cells - 1) else None
     blank = 0
-    with _open_maybe_gzip(path, "rt") as file:  # commas inside quotes: count cells instead
+    with _open_maybe_gzip(path, "rt") as file:  # quoted cells may contain commas: count cells instead
         for _, row in _iter_rows(file):
             if not row:
                 blank += 1
@@ -146,12 +154,12 @@ def _count_blank_lines(path: Path, rows: int, cells: int) -> int | None:
 
 
 def _iter_rows(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """The line on which each row begins, and its cells; none where the line is blank, which pandas leaves out."""
+    """The first line of each row, and its cells; no cells if the line is blank, which pandas skips."""
     raw = ""
 
     def lines() -> Iterator[str]:
         nonlocal raw
-        for raw in file:  # noqa: UP028 -- what the row was made of is looked at below
+        for raw in file:  # noqa: UP028 -- the last line is used below
             yield raw
 
     reader, end = csv.reader(lines()), 0
@@ -173,25 +181,25 @@ def _read_header(path: Path) -> list[str]:
     except UnicodeDecodeError:
         raise _encoding_error(path) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
     if not any(header):
-        raise UserError(f"{path}: the file is empty: a CSV header is expected in line 1")
-    twice = [name for name in header if header.count(name) > 1]
-    if twice:
-        raise UserError(f"{path}, line 1: column '{_printable(twice[0])}' stands there {header.count(twice[0])} times")
+        raise UserError(f"{path}: the file is empty: expected a CSV header in line 1")
+    duplicates = [name for name in header if header.count(name) > 1]
+    if duplicates:
+        raise UserError(f"{path}, line 1: duplicate column '{_printable(duplicates[0])}': rename or remove one")
     if any("\0" in name for name in header):
-        raise UserError(f"{path}, line 1: NUL bytes: damaged, or not UTF-8 text: save it as UTF-8 CSV")
+        raise UserError(f"{path}, line 1: NUL bytes: corrupt, or not UTF-8 text: save it as UTF-8 CSV")
     return header
 
 
 def _first_row_width(path: Path) -> int:
-    """The number of cells of the first row, which pandas takes for the width of all."""
+    """The number of cells of the first row; pandas expects the same of every row."""
     with _open_maybe_gzip(path, "rt") as file:
         return next((len(row) for _, row in itertools.islice(_iter_rows(file), 1, None) if row), 0)
 
 
 def _encoding_error(path: Path) -> UserError:
-    """Say where the first byte is that is not UTF-8."""
+    """The error for the first byte that is not UTF-8, with its line and column."""
     header: list[str] = []
     with _open_maybe_gzip(path, "rb") as file:
         if file.read(2) == b"\x1f\x8b":
@@ -202,61 +210,61 @@ def _encoding_error(path: Path) -> UserError:
                 header = header or next(csv.reader([line.decode("utf-8-sig")]), [])
                 line.decode()
             except UnicodeDecodeError as bad:
-                before = next(csv.reader([line[: bad.start].decode()]), [""])
-                column = f", column '{header[len(before) - 1]:.40}'" if 0 < len(before) <= len(header) else ""
+                cells = next(csv.reader([line[: bad.start].decode()]), [""])
+                column = f", column '{header[len(cells) - 1]:.40}'" if 0 < len(cells) <= len(header) else ""
                 return UserError(f"{path}, line {number}{column}: not UTF-8 text ({bad.reason}): save it as UTF-8 CSV")
     return UserError(f"{path}: not UTF-8 text: save it as UTF-8 CSV")
 
 
 def _cast_columns(chunk: pd.DataFrame, schema: Mapping[str, ColumnType]) -> pd.DataFrame | None:
-    """Give each column its final type; None where a cell does not fit its kind."""
-    done: dict[str, Any] = {}
-    for name, kind in schema.items():
-        if kind == "optional_id":
+    """Cast each column to its type; None if a cell is invalid."""
+    columns: dict[str, Any] = {}
+    for name, column_type in schema.items():
+        if column_type == "optional_id":
             codes, cells = pd.factorize(chunk[name].to_numpy())
-            if any(_cell_error(cell, kind) for cell in cells):
+            if any(_cell_error(cell, column_type) for cell in cells):
                 return None
-            done[name] = np.array([np.nan if _is_na(cell) else float(cell) for cell in cells])[codes]
+            columns[name] = np.array([np.nan if _is_na(cell) else float(cell) for cell in cells])[codes]
             continue
         values = chunk[name].to_numpy()
-        if kind in ("text", "optional_text"):
-            if kind == "text" and (values == "").any():
+        if column_type in ("text", "optional_text"):
+            if column_type == "text" and (values == "").any():
                 return None
-            done[name] = values
+            columns[name] = values
             continue
         if not np.isfinite(values).all():
             return None
-        if kind == "id":
+        if column_type == "id":
             if (values != np.floor(values)).any() or (np.abs(values) >= MAX_EXACT_INT).any():
                 return None
-            done[name] = values.astype(np.int64)
-        elif kind == "label":
+            columns[name] = values.astype(np.int64)
+        elif column_type == "label":
             if not np.isin(values, (0.0, 1.0)).all():
                 return None
-            done[name] = values.astype(np.float32)
+            columns[name] = values.astype(np.float32)
         else:
-            done[name] = values
-    return pd.DataFrame(done, index=chunk.index)
+            columns[name] = values
+    return pd.DataFrame(columns, index=chunk.index)
 
 
-def _locate_error(path: Path, header: list[str], schema: Mapping[str, ColumnType], error: Exception | None = None) -> UserError:
-    """Read the file again, slowly, to say which line and column is wrong."""
+def _locate_error(path: Path, header: list[str], schema: Mapping[str, ColumnType],
+                  error: Exception | None = None) -> UserError:
+    """Read the file again, slowly, to find the line and column of an error."""
     try:
-        line, column, what = _first_invalid_cell(path, header, schema)
+        line, column, problem = _first_invalid_cell(path, header, schema)
     except UnicodeDecodeError:
         return _encoding_error(path)
-    except (OSError, EOFError, zlib.error, csv.Error) as bad:
-        return UserError(f"{path}: damaged or cut short: {getattr(bad, 'strerror', None) or bad}")
-    if what:
-        return UserError(f"{path}, line {line}, column '{_printable(column)}': {what}")
-    if "EOF inside string" in str(error):
-        return UserError(f"{path}, line {line}, column '{_printable(column)}': cannot be read as CSV: a quote that is "
-                         "opened there never ends")
-    return UserError(f"{path}, line {line}: cannot be read as CSV: {error}")
+    except (OSError, EOFError, zlib.error, csv.Error) as read_error:
+        return UserError(f"{path}: corrupt or cut short: {getattr(read_error, 'strerror', None) or read_error}")
+    if not problem and "EOF inside string" in str(error):
+        problem = "unterminated quote: is the file cut short?"
+    if problem:
+        return UserError(f"{path}, line {line}, column '{_printable(column)}': {problem}")
+    return UserError(f"{path}, line {line}: cannot read as CSV: {error}")
 
 
 def _first_invalid_cell(path: Path, header: list[str], schema: Mapping[str, ColumnType]) -> CellError:
-    """The line on which the first bad row begins, the column, and what is wrong; "" where nothing is, of the last."""
+    """Line, column and problem of the first invalid row; of the last row, with problem "", if all are valid."""
     line, row = 1, header
     with _open_maybe_gzip(path, "rt") as file:
         rows = _iter_rows(file)
@@ -267,34 +275,33 @@ def _first_invalid_cell(path: Path, header: list[str], schema: Mapping[str, Colu
             if len(row) > len(header):
                 return line, header[-1], f"{len(row)} cells, but the header has {len(header)}"
             if len(row) < len(header):
-                what = f"the row ends after {len(row)} of {len(header)} cells: is the file cut short?"
-                return line, header[len(row)], what
+                return line, header[len(row)], f"only {len(row)} of {len(header)} cells: is the file cut short?"
             for name, cell in zip(header, row, strict=True):
-                what = "holds NUL bytes: the file is damaged" if "\0" in cell else _cell_error(cell, schema.get(name))
-                if what:
-                    return line, name, what
+                problem = "NUL bytes: the file is corrupt" if "\0" in cell else _cell_error(cell, schema.get(name))
+                if problem:
+                    return line, name, problem
     return line, header[max(0, len(row) - 1)], ""
 
 
-def _cell_error(cell: str, kind: ColumnType | None) -> str:
-    """Say what keeps one cell from being of its kind; "" where nothing does."""
-    if kind in (None, "optional_text") or (kind == "optional_id" and _is_na(cell)):
+def _cell_error(cell: str, column_type: ColumnType | None) -> str:
+    """Why a cell is invalid for its column type; "" if it is valid."""
+    if column_type in (None, "optional_text") or (column_type == "optional_id" and _is_na(cell)):
         return ""
-    if kind == "text":
+    if column_type == "text":
         return "" if cell else "is empty"
     cell = cell.strip(WHITESPACE)
     if not cell:
-        return "is empty: give a number" if kind != "label" else "is empty: a label is 0 or 1"
+        return "is empty: give a number" if column_type != "label" else "is empty: a label is 0 or 1"
     try:
-        # Python would also read 1_0 and digits of other scripts, which pandas does not.
+        # Python accepts 1_0 and digits of other scripts, pandas does not.
         value = float(cell) if cell.isascii() and "_" not in cell else float("not a number")
     except ValueError:
         return f"'{_printable(cell)}' is not a number"
-    if kind == "label":
+    if column_type == "label":
         return "" if value in (0.0, 1.0) else f"'{_printable(cell)}' is not a label: 0 or 1"
     if not np.isfinite(value):
         return f"'{_printable(cell)}' is not a finite number"
-    if kind in ("id", "optional_id"):
+    if column_type in ("id", "optional_id"):
         if value != np.floor(value):
             return f"'{_printable(cell)}' is not a whole number"
         if abs(value) >= MAX_EXACT_INT:
@@ -310,7 +317,6 @@ def _printable(cell: str) -> str:
     return truncate(re.sub(r"[^\x20-\x7e]", "?", cell), 40)
 
 
-
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a CSV file; its columns are those of all rows, in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -322,17 +328,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Read what `write_csv` wrote, at least these columns, cells as they stand. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8", newline="") as file:
-            header, *lines = csv.reader(file, strict=True)
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as CSV: {getattr(error, 'strerror', None) or error}") from error
-    lost = [name for name in columns if name not in header]
-    if lost:
-        raise UserError(f"{path}, line 1: column '{lost[0]}' is missing")
-    for number, line in enumerate(lines, start=2):
-        if len(line) != len(header):
-            raise UserError(f"{path}, line {number}: {len(line)} cells, but the header has {len(header)}: is the file "
-                            "cut short?")
-    return [dict(zip(header, line, strict=True)) for line in lines]
+    """The rows of a file of `write_csv` as text cells. Raises UserError if one of `columns` is missing."""
+    schema: dict[str, ColumnType] = dict.fromkeys([*columns, *_read_header(path)], "optional_text")
+    chunks = read_chunks(path, schema, chunk_rows=None)
+    return [row for chunk in chunks for row in chunk.to_dict("records")]

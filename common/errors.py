@@ -1,4 +1,4 @@
-"""What a program says to its user: errors and interruptions in one line, with an exit code."""
+"""How a program ends: errors and interruptions are one line on stderr, with an exit code."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from common import distributed
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: where it is and what to do. Ends the program with exit code 2.
+    """A mistake of the user: one line with its location and what to do. The program ends with exit code 2.
 
-    What is quoted from a damaged file may hold anything: characters that do not print become question marks.
+    Quotes from a corrupt file may contain any character: those that do not print become question marks.
     """
 
     def __init__(self, text: str) -> None:
@@ -27,35 +27,35 @@ class UserError(Exception):
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: whatever ends well on Ctrl-C ends well on this."""
+    """SIGTERM, handled like Ctrl-C."""
 
 
 def cli_entry_point(main: Callable[[], None], resumable: bool = False) -> Callable[[], None]:
-    """Wrap a program's entry: it ends in one line and a code that says how.
+    """Wrap the entry point of a program: it ends with one line and an exit code.
 
-    2: `UserError`, or the system refuses (memory, a full disk under the output). 130 and 143: Ctrl-C and SIGTERM, with
-    the command that goes on: the same, with `--resume` where the program is `resumable` and has started a run.
+    2: `UserError`, or an error of the system (out of memory, disk full). 130 and 143: Ctrl-C and SIGTERM, with the
+    command that resumes: the same, with `--resume` if the program is `resumable` and has started a run.
     """
 
     @functools.wraps(main)
     def wrapped() -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, _on_sigterm)
-            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # so until here; one that is ignored stays ignored
+            if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # SIG_IGN stays
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main()
             sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
-            more = " --resume" if resumable and _resumable_run_started and "--resume" not in sys.argv else ""
-            if (stop := _root_interrupt(error)) is not None:
-                _exit_with_message(f"stopped: nothing is left half-written; to go on: {command_line()}{more}",
-                     143 if isinstance(stop, Terminated) else 130)
+            if (interrupt := _root_interrupt(error)) is not None:
+                flag = " --resume" if resumable and _resumable_run_started and "--resume" not in sys.argv else ""
+                _exit_with_message(f"interrupted; resume with: {command_line()}{flag}",
+                                   143 if isinstance(interrupt, Terminated) else 130)
             if isinstance(error, UserError):
                 _exit_with_message(f"error: {error}", 2)
             if isinstance(error, MemoryError):
-                _exit_with_message(f"error: out of memory ({error or 'no more is given'}): take fewer rows, a smaller batch or model",
-                     2)
+                _exit_with_message(f"error: out of memory ({error or 'allocation failed'}): use fewer rows, a smaller "
+                                   "batch or a smaller model", 2)
             if isinstance(error, OSError):
                 _exit_with_message(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
             raise
@@ -67,21 +67,20 @@ _resumable_run_started = False
 
 
 def mark_run_started() -> None:
-    """Tell `cli_entry_point` that this program has begun a run that `--resume` can continue."""
+    """Let `cli_entry_point` suggest `--resume`: this program has started a run."""
     global _resumable_run_started
     _resumable_run_started = True
 
 
 def command_line() -> str:
-    """The command that started this program, as it is typed."""
+    """The command that started this program, as typed in a shell."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
     return shlex.join(["python3", *program, *sys.argv[1:]])
 
 
 def _root_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The Ctrl-C or SIGTERM that an error is, or came of: libraries that are stopped while they write say so with
-    errors of their own."""
+    """The Ctrl-C or SIGTERM that caused an error, or None. An interrupted library may raise an error of its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
@@ -92,13 +91,13 @@ def _on_sigterm(_number: int, _frame: object) -> None:
 
 
 def _exit_with_message(line: str, code: int) -> None:
-    """Say one line, below a progress bar if there is one, and exit."""
+    """Print one line, below a progress bar if there is one, and exit."""
     with contextlib.suppress(OSError):
         if distributed.is_main_process():
             print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it any more, or its disk is full: the interpreter shall not try again
+    except OSError:  # closed pipe or full disk: the interpreter must not flush again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 

@@ -1,7 +1,7 @@
-"""Files: atomic writing, locks, checksums, JSON.
+"""Files: atomic writes, locks, checksums, JSON.
 
-What is written goes to a temporary name (`*.partial`) and is moved into place, so that no reader ever sees half a file.
-Archives of tensors and arrays carry a SHA-256 checksum. No pickle, anywhere.
+A write goes to a temporary file (`*.partial`), which then replaces the target: no reader sees half a file. Archives of
+tensors and arrays have a SHA-256 checksum. No pickle.
 """
 
 from __future__ import annotations
@@ -25,126 +25,135 @@ from filelock import FileLock, Timeout
 from common import distributed
 from common.errors import UserError, command_line, truncate
 
+CHECKSUM_PREFIX = b"sha256:"
+CHECKSUM_LENGTH = len(CHECKSUM_PREFIX) + 64
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+
 
 @contextmanager
 def _wrap_os_error(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusal (full disk, no permission, a folder in the way) into one line."""
+    """Turn an error of the operating system (disk full, no permission, path is a directory) into a UserError."""
     try:
         yield
     except OSError as error:
-        blamed = str(error.filename or path)
-        if blamed.endswith(f".{os.getpid()}.partial"):  # the user knows it by its final name
-            blamed = str(path)
-        raise UserError(f"{blamed}: cannot be written: {error.strerror or error}") from error
+        shown_path = str(error.filename or path)
+        if shown_path.endswith(f".{os.getpid()}.partial"):  # a temporary name means nothing to the user
+            shown_path = str(path)
+        raise UserError(f"{shown_path}: cannot write: {error.strerror or error}") from error
+
+
+def _tmp_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; on success it is synced and replaces `path`, on failure nothing is left."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Yield a temporary path to write to; on success it is synced and replaces `path`, on failure it is removed."""
+    tmp_path = _tmp_path(path)
     with _wrap_os_error(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield partial
-            with open(partial, "rb+") as file:
+            yield tmp_path
+            with open(tmp_path, "rb+") as file:
                 os.fsync(file.fileno())
-            distributed.barrier()  # nobody looks for the file any more, and nobody goes on before it is there
+            distributed.barrier()  # no process still reads the old file, and none continues before the new one exists
             if distributed.is_main_process():
-                os.replace(partial, path)
+                os.replace(tmp_path, path)
             distributed.barrier()
         finally:
-            partial.unlink(missing_ok=True)
+            tmp_path.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; on success it becomes `path`, which must not exist yet, on failure it goes."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    """Yield a temporary directory to fill; on success it becomes `path`, which must not exist, on failure it is
+    removed."""
+    tmp_path = _tmp_path(path)
     with _wrap_os_error(path):
         try:
-            partial.mkdir(parents=True)
-            yield partial
+            tmp_path.mkdir(parents=True)
+            yield tmp_path
             distributed.barrier()
             if distributed.is_main_process():
-                os.rename(partial, path)
+                os.rename(tmp_path, path)
             distributed.barrier()
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
-    """Make the folders and try to write in each, and see that the places of `files` are free: better refused now than
-    after an hour. What processes now dead had begun to write there is removed. Raises UserError."""
+    """Create the folders, write a test file in each, and check that none of `files` is a directory: a run fails at its
+    start, not after an hour. Removes the temporary files of dead processes. Raises UserError."""
     for folder in folders:
-        with atomic_file(folder / ".writable") as partial:
-            partial.touch()
+        with atomic_file(folder / ".writable") as tmp_path:
+            tmp_path.touch()
         (folder / ".writable").unlink(missing_ok=True)
         _remove_stale_temp_files(folder)
     for file in files:
         if file.is_dir():
-            raise UserError(f"{file}: cannot be written: a folder is in the way of the file: move it away")
+            raise UserError(f"{file}: cannot write: path is a directory: move it away")
 
 
 def _remove_stale_temp_files(folder: Path) -> None:
-    """Remove the `<name>.<process id>.partial` of processes that are dead."""
+    """Remove the `<name>.<process id>.partial` of dead processes."""
     for path in folder.glob("*.partial"):
-        owner = path.name.split(".")[-2]
-        if owner.isdigit() and not _pid_exists(int(owner)):
+        pid = path.name.split(".")[-2]
+        if pid.isdigit() and not _pid_exists(int(pid)):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
 
 
-def _pid_exists(process: int) -> bool:
+def _pid_exists(pid: int) -> bool:
     try:
-        os.kill(process, 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (PermissionError, OverflowError):  # somebody else's; no process id at all
+    except (PermissionError, OverflowError):  # a process of another user; a number too large for a process id
         pass
     return True
 
 
 @contextmanager
 def exclusive_lock(*paths: Path) -> Iterator[None]:
-    """Be the only run that writes to these directories and files. Raises UserError naming the run that already does.
+    """Lock these directories and files for one run. Raises UserError naming the process that has locked one already.
 
-    The lock of a path is `.<name>.lock` beside it, with the process that holds it. The kernel holds the lock as long as
-    the process lives: the file of a dead process locks nobody out. Of several processes that run together the main
-    process locks.
+    The lock file of a path is `.<name>.lock` beside it, with the owner's process id. The kernel releases the lock when
+    the process ends: the lock file of a dead process blocks no run. In a distributed run the main process locks.
     """
     with contextlib.ExitStack() as stack:
         for path in paths if distributed.is_main_process() else ():
             lock = FileLock(path.parent / f".{path.name}.lock", blocking=False)
-            with _wrap_os_error(Path(lock.lock_file)):
+            lock_path = Path(lock.lock_file)
+            with _wrap_os_error(lock_path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     lock.acquire()
                 except Timeout:
-                    raise UserError(f"{path}: locked by {_lock_owner(Path(lock.lock_file))}: wait until it has ended, "
-                                    "or stop it") from None
+                    raise UserError(f"{path}: locked by {_lock_owner(lock_path)}: wait until it has ended, or stop "
+                                    "it") from None
                 stack.callback(lock.release)
-                stack.callback(Path(lock.lock_file).unlink, missing_ok=True)  # first: then another may lock it
+                stack.callback(lock_path.unlink, missing_ok=True)  # before the release: afterwards it may be another's
                 owner = {"pid": os.getpid(), "started": f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S}",
                          "command": command_line()}
-                Path(lock.lock_file).write_text(json.dumps(owner), encoding="utf-8")
+                lock_path.write_text(json.dumps(owner), encoding="utf-8")
         yield
 
 
-def _lock_owner(lock: Path) -> str:
-    """The process that holds a lock; it writes that right after locking."""
+def _lock_owner(lock_path: Path) -> str:
+    """The process that has locked a path; it writes itself into the lock file right after locking."""
     for _ in range(20):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            saved = json.loads(lock.read_text(encoding="utf-8"))
-            return f"process {saved['pid']} (started {saved['started']}: {saved['command']})"
+            owner = json.loads(lock_path.read_text(encoding="utf-8"))
+            return f"process {owner['pid']} (started {owner['started']}: {owner['command']})"
         time.sleep(0.05)
     return "another process"
 
 
 def write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    with atomic_file(path) as tmp_path:
+        tmp_path.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -152,7 +161,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def append_checksum(path: Path) -> None:
-    """Write the SHA-256 of a zip archive (`.pt`, `.npz`) into its comment, where it disturbs no reader of zip."""
+    """Write the SHA-256 of a zip archive (`.pt`, `.npz`) into its comment, which zip readers ignore."""
     with open(path, "rb+") as file:
         file.seek(-2, os.SEEK_END)  # the length of the comment, 0 so far
         file.write(CHECKSUM_LENGTH.to_bytes(2, "little"))
@@ -161,83 +170,85 @@ def append_checksum(path: Path) -> None:
         file.write(CHECKSUM_PREFIX + digest.encode())
 
 
-CHECKSUM_PREFIX = b"sha256:"
-CHECKSUM_LENGTH = len(CHECKSUM_PREFIX) + 64
+@contextmanager
+def open_verified(path: Path, hint: str) -> Iterator[BinaryIO]:
+    """Open an archive that `append_checksum` has closed. Raises UserError, ending with `hint`, if a byte has changed.
+
+    Compressed archives are refused: this program writes none, and a small one could expand to more than the memory.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            require_regular_file(path)
+            file = stack.enter_context(open(path, "rb"))
+            _verify_archive(path, file)
+        except UserError as error:
+            raise UserError(f"{error}: {hint}") from error
+        yield file
+
+
+def _verify_archive(path: Path, file: BinaryIO) -> None:
+    """Raise UserError if the checksum is missing or wrong, or if the file is no uncompressed zip archive."""
+    is_zip = file.read(4) == b"PK\3\4"
+    size = os.fstat(file.fileno()).st_size
+    content_size = max(0, size - CHECKSUM_LENGTH)
+    file.seek(content_size)
+    checksum = file.read()
+    if not checksum.startswith(CHECKSUM_PREFIX):
+        raise UserError(f"{path}: no checksum (corrupt or from an older version)" if is_zip else
+                        f"{path}: not a file that this program wrote")
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(min(content_size - file.tell(), 1 << 20)):
+        digest.update(block)
+    if checksum != CHECKSUM_PREFIX + digest.hexdigest().encode():
+        raise UserError(f"{path}: corrupt: checksum mismatch (SHA-256)")
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path}: not a file that this program wrote ({error})") from error
+    if (any(member.compress_type != zipfile.ZIP_STORED for member in members)
+            or sum(member.file_size for member in members) > size):
+        raise UserError(f"{path}: not a file that this program wrote (compressed archive)")
+    file.seek(0)
 
 
 def is_safe_filename(name: str) -> bool:
-    """Whether a text is the name of a file, and of one in the folder that it is looked for in."""
+    """Whether a text is a file name without directories."""
     return (name not in ("", ".", "..") and name.isprintable() and Path(name).name == name
             and len(os.fsencode(name)) <= 200)
 
 
 def require_regular_file(path: Path) -> None:
-    """Raise UserError where there is no file, or something else in its place: a folder, a pipe that never ends."""
-    if not os.path.exists(path):  # unlike Path.exists it takes any name
+    """Raise UserError if the path is missing, a directory or a pipe (which might never end)."""
+    if not os.path.exists(path):  # unlike Path.exists it accepts any name
         raise UserError(f"{path}: no such file")
     if not path.is_file():
         raise UserError(f"{path}: not a file")
 
 
-@contextmanager
-def open_verified(path: Path, hint: str) -> Iterator[BinaryIO]:
-    """Open an archive that `append_checksum` closed. Raises UserError, which ends in `hint`, where a single byte has changed.
-
-    An archive whose parts are compressed is refused as well: ours never are, and a small one could fill the memory.
-    """
-    try:
-        require_regular_file(path)
-    except UserError as error:
-        raise UserError(f"{error}: {hint}") from None
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(max(0, size - CHECKSUM_LENGTH))
-        found, start = file.read(), max(0, size - CHECKSUM_LENGTH)
-        if not found.startswith(CHECKSUM_PREFIX):
-            file.seek(0)
-            older = file.read(4) == b"PK\3\4"
-            raise UserError(f"{path}: " + ("without a checksum: damaged, or of an earlier version" if older else
-                                          "not a file that this program wrote") + f": {hint}")
-        digest, left = hashlib.sha256(), start
-        file.seek(0)
-        while left:
-            block = file.read(min(left, 1 << 20))
-            digest.update(block)
-            left -= len(block)
-        if found != CHECKSUM_PREFIX + digest.hexdigest().encode():
-            raise UserError(f"{path}: damaged: its SHA-256 is not the one that was written into it: {hint}")
-        try:
-            parts = zipfile.ZipFile(file).infolist()
-        except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise UserError(f"{path}: not a file that this program wrote ({error}): {hint}") from error
-        if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(p.file_size for p in parts) > size:
-            raise UserError(f"{path}: not a file that this program wrote (its parts are compressed): {hint}")
-        file.seek(0)
-        yield file
-
-
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises UserError, naming line and column, where it is none; or a key stands there twice."""
+    """Read a JSON object. Raises UserError naming line and column if it is invalid, or if a key is duplicate."""
     try:
         require_regular_file(path)
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_reject_duplicate_keys)
-        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair could not be written again
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair cannot be written again
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        raise UserError(f"{path}: cannot read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: not valid JSON: {error.msg}") from error
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, thousands of brackets
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object is expected, not a {type(value).__name__}")
+        raise UserError(f"{path}: expected a JSON object, not a {type(value).__name__}")
     return value
 
 
 def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"'{truncate(next(name for name in names if names.count(name) > 1))}' stands there twice")
+    value: dict[str, Any] = {}
+    for key, entry in pairs:
+        if key in value:
+            raise ValueError(f"duplicate key '{truncate(key)}'")
+        value[key] = entry
     return value
 
 
@@ -246,17 +257,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def require_free_memory(needed: float, what: str, free: float | None = None) -> None:
-    """Raise UserError where so many bytes are not free (None: of the system's memory): better refused now than killed
-    halfway."""
+def require_free_memory(needed: float, description: str, free: float | None = None) -> None:
+    """Raise UserError if fewer than `needed` bytes are free (`free`; None: of the system's memory): a run fails at its
+    start, it is not killed halfway."""
     free = _available_memory() if free is None else free
     if needed > free:
-        raise UserError(f"{what}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB are "
-                        "free: take fewer rows, something smaller, or a machine with more memory")
+        raise UserError(f"{description}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB "
+                        "are free: use fewer rows, a smaller model, or a machine with more memory")
 
 
 def _available_memory() -> float:
-    """Bytes that the system, or the control group this process lives in, can still give; infinity where unknown."""
+    """Free bytes of the system and of this process's control group; infinity if unknown."""
     free = float("inf")
     with contextlib.suppress(OSError, ValueError, IndexError):
         (line,) = re.findall(r"MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text())
@@ -266,6 +277,3 @@ def _available_memory() -> float:
         (cached,) = re.findall(r"^file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
         free = min(free, float(limit - used + int(cached)))
     return free
-
-
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")

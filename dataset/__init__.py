@@ -1,4 +1,4 @@
-"""Data: raw logs (`simulate`), raw logs to MDP tables (`prepare`), MDP tables to arrays (`rtrl`). No model code.
+"""Data: raw logs (`simulate`), raw logs to MDP tables (`prepare`), MDP tables to arrays (`rtrl`), ids and batches.
 
-`files` is everything that touches the disk: checked reading, atomic writing, the one-line errors.
+This package depends on `common` only.
 """

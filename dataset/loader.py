@@ -1,4 +1,4 @@
-"""The resident loader: a mapped data set on a device, cut into batches by index."""
+"""Batches: a mapped data set as tensors on a device, cut by index."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from torch import Tensor
 from dataset.rtrl import RetailRocketRLDataset
 from dataset.sessions import window_rows
 
-Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numbers (B, N), labels (B, T)
+Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numerical (B, N), labels (B, T)
 
 
 class TensorLoader:
-    """A data set on a device, cut into batches by index; iterates over (ids, numbers, labels).
+    """Iterates over batches (ids, numerical, labels) of a data set whose tensors are on one device.
 
-    With a window W, ids (B, W, F) and numbers (B, W, N) are those of the last W rows of the session so far, the row
-    itself last; places before the session's start have ids of -1 and numbers of 0. Labels are the row's own.
+    With a window W, ids (B, W, F) and numerical (B, W, N) are those of the last W rows of the session up to and
+    including the row; positions before the session's start have ids -1 and numerical features 0. Labels (B, T) are
+    the row's own.
 
     Args:
         dataset: a mapped data set, n rows.
-        batch_size: B; the last batch holds what is left.
-        device: where the tensors live, all of them, from now on.
-        seed: None: in order. A number: every pass in an order of its own, a function of (seed, `epoch`) alone.
-        window: W; 0: rows by themselves, ids (B, F) and numbers (B, N).
+        batch_size: B; the last batch may be smaller.
+        device: the device of all tensors.
+        seed: None: in order. A number: each pass is shuffled, a function of (seed, `epoch`) only.
+        window: W; 0: no window, ids (B, F) and numerical (B, N).
     """
 
     def __init__(self, dataset: RetailRocketRLDataset, batch_size: int, device: torch.device | str = "cpu",
@@ -44,39 +45,38 @@ class TensorLoader:
 
     def take(self, rows: Tensor) -> Batch:
         """The batch of the rows (B,)."""
-        ids, numbers, labels = self.tensors
+        ids, numerical, labels = self.tensors
         if not self.window:
-            return ids[rows], numbers[rows], labels[rows]
+            return ids[rows], numerical[rows], labels[rows]
         index, padding = window_rows(rows, self.row_start, self.window)  # (B, W)
         padding = padding.unsqueeze(2)
-        return ids[index].masked_fill(padding, -1), numbers[index].masked_fill(padding, 0), labels[rows]
+        return ids[index].masked_fill(padding, -1), numerical[index].masked_fill(padding, 0), labels[rows]
 
     @functools.cached_property
     def unique_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows (d,) no two of which have the same features, and for each row (n,) the place of its equal among them.
-        Of windows all features have to be the same.
+        """One row (d,) of each distinct set of features (of the whole window), and the inverse (n,): the position of
+        each row's features among them.
 
-        The prediction of a model in eval mode is the same for equal rows: x = unique_x[inverse].
+        A model in eval mode predicts the same for equal features: x = unique_x[inverse].
         """
-        ids, numbers, _ = self.tensors
+        ids, numerical, _ = self.tensors
         inverse = np.zeros(len(ids), np.int64)
-        for column in (*ids.cpu().numpy().T, *numbers.cpu().numpy().view(np.int32).T):
+        for column in (*ids.cpu().numpy().T, *numerical.cpu().numpy().view(np.int32).T):
             codes, values = pd.factorize(column)
             inverse = pd.factorize(inverse * len(values) + codes)[0]
         row_id, start, rows = inverse + 1, self.row_start.cpu().numpy(), np.arange(len(ids))
-        for back in range(1, self.window):
-            earlier = np.where(rows - back >= start, row_id[np.maximum(rows - back, 0)], 0)  # 0: padding
+        for offset in range(1, self.window):
+            earlier = np.where(rows - offset >= start, row_id[np.maximum(rows - offset, 0)], 0)  # 0: padding
             inverse = pd.factorize(inverse * (len(ids) + 1) + earlier)[0]
-        first = np.unique(inverse, return_index=True)[1]
-        return torch.from_numpy(first).to(ids.device), torch.from_numpy(inverse).to(ids.device)
+        unique = np.unique(inverse, return_index=True)[1]
+        return torch.from_numpy(unique).to(ids.device), torch.from_numpy(inverse).to(ids.device)
 
     def __iter__(self) -> Iterator[Batch]:
-        ids, numbers, labels = self.tensors
         if self.seed is None and not self.window:
-            yield from zip(ids.split(self.batch_size), numbers.split(self.batch_size), labels.split(self.batch_size),
-                           strict=True)
+            yield from zip(*(tensor.split(self.batch_size) for tensor in self.tensors), strict=True)
             return
-        order = (np.arange(len(ids)) if self.seed is None
-                 else np.random.default_rng([self.seed, self.epoch]).permutation(len(ids)))
-        for index in torch.from_numpy(order).to(ids.device).split(self.batch_size):
+        rows = len(self.session)
+        order = (np.arange(rows) if self.seed is None
+                 else np.random.default_rng([self.seed, self.epoch]).permutation(rows))
+        for index in torch.from_numpy(order).to(self.row_start.device).split(self.batch_size):
             yield self.take(index)

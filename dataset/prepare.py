@@ -1,11 +1,10 @@
-"""Raw logs to the MDP tables that everything else reads.
+"""Raw logs to the MDP tables that all other programs read.
 
     python3 -m dataset.prepare --raw DIR --out dataset/rt                      # RetailRocket (Kaggle)
     python3 -m dataset.prepare --source kuairand --raw DIR --out dataset/kr    # KuaiRand: Pure, 1K or 27K
 
-What happens to the rows stands, step by step, in `dataset.retailrocket` and `dataset.kuairand`. Out come `train.csv`,
-`val.csv`, `test.csv`, `item_feadf.csv` (KuaiRand: `user_feadf.csv` too) and `manifest.json`; of a simulated log also
-`truth.csv`.
+The rules are in `dataset.retailrocket` and `dataset.kuairand`, step by step. The output is `train.csv`, `val.csv`,
+`test.csv`, `item_feadf.csv` (KuaiRand: `user_feadf.csv` too) and `manifest.json`; of a simulated log also `truth.csv`.
 """
 
 from __future__ import annotations
@@ -23,34 +22,34 @@ from dataset.tables import print_row_counts, write_dataset
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
 
-def prepare(raw: Path, out: Path, session_gap: float = 0.0, min_session: int | None = None,
+def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
             source: str = "retailrocket") -> None:
-    """Turn the raw log in `raw` into the folder `out` of MDP tables; see the source's module for the rules.
+    """Turn the raw log in `raw_dir` into the folder `out_dir` of MDP tables; the importer's module has the rules.
 
     Args:
-        raw: folder of the raw files.
-        out: folder to write. It appears whole, or not at all.
+        raw_dir: folder of the raw files.
+        out_dir: folder to write, in one step: complete or not at all.
         session_gap: minutes without an event that end a session; 0: a session is a visitor.
-        min_session: sessions of fewer rows are dropped; None: as the source does by default.
-        source: one of `SOURCES`.
+        min_session: sessions of fewer rows are dropped; None: the importer's default.
+        source: one of `IMPORTERS`.
 
     Raises:
-        UserError: a file is missing or a cell is bad (named by file, line and column), or `out` exists.
+        UserError: a file is missing, a cell is invalid (file, line and column are named), or `out_dir` exists.
     """
     if source not in IMPORTERS:
         raise UserError(f"--source: unknown '{source}': one of {', '.join(IMPORTERS)}")
     min_session = IMPORTERS[source].MIN_SESSION_ROWS if min_session is None else min_session
     if session_gap < 0 or not np.isfinite(session_gap) or min_session < 1:
         raise UserError("--session_gap is minutes, 0 or more; --min_session is 1 or more")
-    if not raw.is_dir():
-        raise UserError(f"{raw}: no such folder: --raw takes the folder that holds the raw files")
-    with exclusive_lock(out):
-        if out.exists():
-            raise UserError(f"{out} exists already: choose another --out, or move that folder away first")
-        check_writable(out.parent)
-        tables = IMPORTERS[source].load_raw(raw, session_gap, min_session)
-        print_row_counts(tables)
-        write_dataset(tables, out, {"session_gap": session_gap, "min_session": min_session})
+    if not raw_dir.is_dir():
+        raise UserError(f"{raw_dir}: no such folder: --raw takes the folder of the raw files")
+    with exclusive_lock(out_dir):
+        if out_dir.exists():
+            raise UserError(f"{out_dir} exists already: choose another --out, or move that folder away first")
+        check_writable(out_dir.parent)
+        dataset = IMPORTERS[source].load_raw(raw_dir, session_gap, min_session)
+        print_row_counts(dataset)
+        write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session})
 
 
 @cli_entry_point
@@ -60,7 +59,7 @@ def cli() -> None:
     parser.add_argument("--raw", type=Path, required=True, help="folder of the raw files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write, for example dataset/rt")
     parser.add_argument("--source", default="retailrocket", metavar="NAME",
-                        help=f"whose layout the raw files have: {', '.join(IMPORTERS)} (default %(default)s)")
+                        help=f"layout of the raw files: {', '.join(IMPORTERS)} (default %(default)s)")
     parser.add_argument("--session_gap", type=float, default=0.0, metavar="MINUTES",
                         help="end a session after so many minutes without an event (default 0: a session is a visitor)")
     parser.add_argument("--min_session", type=int, default=None, metavar="ROWS",

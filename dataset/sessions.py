@@ -1,4 +1,4 @@
-"""Where sessions begin and end in rows that are in session order: the one index of environment, loader and metrics."""
+"""Where sessions start and end: the index that environment, loader, features and metrics share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Rows = TypeVar("Rows", NDArray[np.int64], Tensor)
 
 
 class SessionIndex:
-    """The sessions of n rows, of which those of one session are neighbours.
+    """The sessions of n rows; the rows of a session are adjacent.
 
     Args:
         session: the session id of each row, (n,).
@@ -45,12 +45,12 @@ class SessionIndex:
 
 
 def window_rows(rows: Rows, row_start: Rows, width: int) -> tuple[Rows, Any]:
-    """The last `width` rows of the session up to each of `rows` (B,), itself last; arrays and tensors alike.
+    """The last `width` rows of the session up to each of `rows` (B,), which is the last; arrays or tensors.
 
     Returns:
-        The row numbers (B, width), and where they are padding (B, width): before the session's start.
+        The row numbers (B, width), and the mask of padding (B, width): positions before the session's start.
     """
-    back: Any = (np.arange(width - 1, -1, -1) if isinstance(rows, np.ndarray)
-                 else torch.arange(width - 1, -1, -1, device=rows.device))
-    index = rows[:, None] - back
+    offsets: Any = (np.arange(width - 1, -1, -1) if isinstance(rows, np.ndarray)
+                    else torch.arange(width - 1, -1, -1, device=rows.device))
+    index = rows[:, None] - offsets
     return index.clip(min=0), index < row_start[rows][:, None]

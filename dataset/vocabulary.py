@@ -1,4 +1,4 @@
-"""The vocabulary: values of categorical fields to ids, learned on the training split."""
+"""The vocabulary: maps values of categorical fields to ids, fitted on the training split."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from common.errors import UserError
 from common.fileio import read_json, write_json
 from dataset.rtrl import RetailRocketRLDataset, Splits
 
-MANY_VALUES = 100  # a field with more is long-tailed, where the data set does not say which are
+MANY_VALUES = 100  # a field with more is long-tailed, if the data set has no list of long-tailed fields
 
 
 class Catemapper:
-    """Values of categorical fields to ids: per field 0 = unseen, missing or rare, then 1, 2, ... by frequency.
+    """Maps values of categorical fields to ids: per field 0 = unknown, missing or rare, then 1, 2, ... by frequency.
 
     Args:
-        threshold: long-tailed fields keep their most frequent values until these cover this share of the rows that
-            have one; all other values become id 0, so that the embedding does not explode.
+        threshold: a long-tailed field keeps its most frequent values, as many as cover this fraction of the rows with
+            a value; all others are mapped to id 0, which bounds the size of the embedding.
     """
 
     def __init__(self, threshold: float) -> None:
         if not 0 <= threshold <= 1:
-            raise UserError(f"category mapping: the threshold is a share of the rows, from 0 to 1, not {threshold}")
+            raise UserError(f"category mapping: the threshold is a fraction of the rows, from 0 to 1, not {threshold}")
         self.threshold = threshold
         self.ids: dict[str, dict[str, int]] = {}  # field -> value -> id
 
@@ -38,15 +38,15 @@ class Catemapper:
 
     @property
     def digest(self) -> str:
-        """Names this very mapping: two with the same digest give the same ids."""
+        """A hash of the mapping: equal digests, equal ids."""
         values = json.dumps({name: list(ids) for name, ids in self.ids.items()})
         return hashlib.sha256(values.encode()).hexdigest()[:16]
 
     def fit(self, dataset: RetailRocketRLDataset, long_tailed: Sequence[str] | None = None) -> Catemapper:
-        """Learn the values of a data set, the training split; ties in frequency are broken by the value.
+        """Fit the vocabulary to a data set, the training split; ties in frequency are broken by the value.
 
-        long_tailed: the fields that the threshold acts on; by default those that the data set's manifest names, and
-        without a manifest those with more than `MANY_VALUES` values.
+        long_tailed: the fields that the threshold applies to; default: those of the data set's manifest, or without a
+        manifest those with more than `MANY_VALUES` values.
         """
         if long_tailed is None:
             long_tailed = dataset.long_tailed
@@ -57,16 +57,16 @@ class Catemapper:
             counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.values))
             order = sorted(np.flatnonzero(counts), key=lambda code: (-counts[code], column.values[code]))
             if name in long_tailed and order:
-                share = np.cumsum(counts[order]) / counts.sum()
-                order = order[: int(np.searchsorted(share, self.threshold - 1e-12)) + 1] if self.threshold else []
+                coverage = np.cumsum(counts[order]) / counts.sum()
+                order = order[: int(np.searchsorted(coverage, self.threshold - 1e-12)) + 1] if self.threshold else []
             self.ids[name] = {str(column.values[code]): number for number, code in enumerate(order, start=1)}
         return self
 
     def map(self, dataset: RetailRocketRLDataset) -> RetailRocketRLDataset:
-        """Give the data set its ids (n, F). Raises UserError where it lacks a field of the mapping."""
-        strange = [name for name in self.ids if name not in dataset.fields]
-        if strange:
-            raise UserError(f"category mapping: field '{strange[0]}' is not one of {', '.join(dataset.fields)}")
+        """Set the ids (n, F) of the data set. Raises UserError if a field of the mapping is missing from it."""
+        missing = [name for name in self.ids if name not in dataset.fields]
+        if missing:
+            raise UserError(f"category mapping: field '{missing[0]}' is not one of {', '.join(dataset.fields)}")
         columns = []
         for name, ids in self.ids.items():
             column = dataset.fields[name]
@@ -76,38 +76,38 @@ class Catemapper:
         return dataset
 
     def state_dict(self) -> dict[str, Any]:
-        """The threshold, and each field's values in the order of their ids."""
+        """The threshold, and the values of each field in order of their ids."""
         return {"threshold": self.threshold, "ids": {name: list(ids) for name, ids in self.ids.items()}}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any], path: str | Path) -> Catemapper:
-        """The mapping of a `state_dict`. Raises UserError, naming the file `path`, where it is none."""
+        """The mapping of a `state_dict` that was read from `path`. Raises UserError if it is invalid."""
         fields, threshold = state.get("ids"), state.get("threshold")
         if (not isinstance(threshold, int | float) or isinstance(threshold, bool) or not 0 <= threshold <= 1
                 or not isinstance(fields, dict) or not fields):
             raise UserError(f"{path}: not a category mapping: 'threshold' from 0 to 1, and 'ids'")
         for name, values in fields.items():
             if not isinstance(values, list) or not all(isinstance(value, str) and value for value in values):
-                raise UserError(f"{path}: '{name:.60}' of 'ids' is not a list of values, texts that are not empty")
+                raise UserError(f"{path}: '{name:.60}' of 'ids' is not a list of non-empty texts")
             if len(set(values)) < len(values):
-                raise UserError(f"{path}: '{name:.60}' of 'ids' has a value twice: it would have two ids")
+                raise UserError(f"{path}: '{name:.60}' of 'ids' contains a duplicate value")
         mapper = cls(float(threshold))
         mapper.ids = {name: {value: number for number, value in enumerate(values, start=1)}
                       for name, values in fields.items()}
         return mapper
 
     def save(self, path: str | Path) -> None:
-        """Write JSON."""
+        """Write the mapping as JSON."""
         write_json(Path(path), self.state_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Catemapper:
-        """Read what `save` wrote. Raises UserError."""
+        """Read a file of `save`. Raises UserError."""
         return cls.from_state_dict(read_json(Path(path)), path)
 
 
 def encode_splits(splits: Splits, threshold: float) -> Catemapper:
-    """Fit a mapping on the training split, and give all three splits their ids."""
+    """Fit a mapping on the training split, and map all three splits."""
     catemapper = Catemapper(threshold).fit(splits.train)
     for split in (splits.train, splits.val, splits.test):
         catemapper.map(split)

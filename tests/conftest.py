@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
+
+# One thread a process, set before torch is imported: the models here are tiny, and pytest runs a process a core.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import contextlib
+import io
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 
 from common.errors import UserError
 from dataset.prepare import prepare
@@ -19,8 +29,8 @@ from dataset.simulate import SimulationConfig, simulate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SMALL = SimulationConfig(events=12_000, items=600, property_rows=10_000, seed=7)
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
 
-# The models here are tiny: a second thread costs more than it brings, above all on a machine that is shared.
 torch.set_num_threads(1)
 
 # The same examples every time: a test that fails today fails tomorrow.
@@ -28,28 +38,52 @@ hypothesis.settings.register_profile("rmtl", deadline=None, derandomize=True, ma
 hypothesis.settings.load_profile("rmtl")
 
 
-COUNTS: list[str] = []  # what trials in great number have come to; printed below the results
+# --------------------------------------------------------------------------------------------- lines below the results
+
+SUMMARY_LINES: list[str] = []  # counts of tests that try many cases
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist: the main process prints
+        session.config.workeroutput["summary_lines"] = SUMMARY_LINES
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    SUMMARY_LINES.extend(getattr(node, "workeroutput", {}).get("summary_lines", []))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for text in COUNTS:
+    for text in sorted(SUMMARY_LINES):
         terminalreporter.write_line(text)
+
+
+# ------------------------------------------------------------------------------------------------------------ fixtures
+
+
+def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills, once for all processes of a test run. Read only."""
+    root = factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder = root / name
+    with FileLock(root / f"{name}.lock"):
+        if not folder.exists():
+            unfinished = root / f"{name}.unfinished"
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def raw_log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A simulated raw log of some 12,000 events. Read only."""
-    folder = tmp_path_factory.mktemp("simulated") / "raw"
-    simulate(folder, SMALL)
-    return folder
+    return make_once(tmp_path_factory, "raw", lambda folder: simulate(folder, SMALL))
 
 
 @pytest.fixture(scope="session")
 def rt_tables(raw_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The MDP tables of `raw_log`, some 4,500 rows. Read only."""
-    folder = tmp_path_factory.mktemp("prepared") / "rt"
-    prepare(raw_log, folder)
-    return folder
+    return make_once(tmp_path_factory, "rt", lambda folder: prepare(raw_log, folder))
 
 
 @pytest.fixture
@@ -64,26 +98,47 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+# --------------------------------------------------------------------------------------------------------- the programs
+
+
 def command(program: str, *flags: str) -> list[str]:
     """The command line of a script (`SLmain.py`) or a module (`dataset.prepare`) of the repository."""
     return [sys.executable, *([str(REPOSITORY / program)] if program.endswith(".py") else ["-m", program]), *flags]
 
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-
-
 def run(cwd: Path, program: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, as a user does, in the folder `cwd`."""
+    """Run a program to its end in a process of its own, in the folder `cwd`."""
     return subprocess.run(command(program, *flags), cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True,
                           check=False, timeout=300)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
+def run_in_process(cwd: Path, program: str, *flags: str,
+                   stderr: TextIO | None = None) -> subprocess.CompletedProcess[str]:
+    """Run a script (`SLmain.py`) in this process, which saves the seconds that importing torch takes."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, handlers = sys.argv, {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = [str(REPOSITORY / program), *flags]
+    try:
+        with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(stderr or err):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        command_run, sys.argv = sys.argv, argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return subprocess.CompletedProcess(command_run, code, out.getvalue(), err.getvalue())
+
+
+# -------------------------------------------------------------------------------------------------- what tests look at
+
+
+def read_tree(folder: Path) -> dict[str, bytes]:
     """The bytes of every file below a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def complaint(action: Callable[[], object]) -> str:
+def user_error_message(action: Callable[[], object]) -> str:
     """The text of the UserError that `action` raises: it has to be one line."""
     with pytest.raises(UserError) as caught:
         action()
@@ -91,3 +146,6 @@ def complaint(action: Callable[[], object]) -> str:
     assert text.strip(), "an error says what is wrong"
     assert "\n" not in text, "an error is one line"
     return text
+
+
+COUNTS, snapshot, complaint = SUMMARY_LINES, read_tree, user_error_message  # earlier names

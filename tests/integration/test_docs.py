@@ -1,4 +1,4 @@
-"""docs/interface.md is true: its signatures are those of the code, and all of its examples run."""
+"""docs/interface.md: its signatures equal those of the code, and all of its examples run."""
 
 from __future__ import annotations
 
@@ -66,70 +66,64 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
     exec(compile("\n" * block.line + block.code, str(PAGE), "exec"), namespace)
 
 
-class Shop(NamedTuple):
-    """A working folder after the setup, and the names that the setup has made."""
+class Examples(NamedTuple):
+    """A working directory after the setup, and the names that the setup has made."""
 
     folder: Path
     namespace: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def shop(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Shop:
-    folder, namespace = tmp_path_factory.mktemp("shop"), {"__name__": "examples"}
+def examples(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    folder, namespace = tmp_path_factory.mktemp("examples"), {"__name__": "examples"}
     shutil.copytree(rt_tables, folder / "dataset" / "rt")
     with contextlib.chdir(folder):
         run_block(BLOCKS[0], namespace)
-    return Shop(folder, namespace)
+    return Examples(folder, namespace)
 
 
-def test_every_example_of_the_page_runs(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_of_the_page_run(examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, in one namespace."""
-    monkeypatch.chdir(shop.folder)
+    monkeypatch.chdir(examples.folder)
     for block in BLOCKS[1:]:
         if block not in STANDALONE:
-            run_block(block, shop.namespace)
+            run_block(block, examples.namespace)
 
 
 @pytest.mark.parametrize("heading", SCRIPTS)
-def test_every_script_of_the_page_runs(heading: str, shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each in a namespace of its own."""
-    monkeypatch.chdir(shop.folder)
-    (script,) = (block for block in STANDALONE if block.heading == heading)
-    for picture in shop.folder.glob("*.png"):
-        picture.unlink()
-    run_block(script, {"__name__": "script"})
-    assert [picture.name for picture in shop.folder.glob("*.png")] == re.findall(r"\w+\.png", script.code)
-
-
-@pytest.mark.parametrize("heading", SCRIPTS)
-def test_a_script_has_twelve_lines(heading: str) -> None:
-    """Imports are counted, blank lines are not."""
+def test_scripts_of_the_page_run(heading: str, examples: Examples, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in a namespace of its own, of at most twelve lines: imports are counted, blank lines are not."""
+    monkeypatch.chdir(examples.folder)
     (script,) = (block for block in STANDALONE if block.heading == heading)
     assert len([line for line in script.code.splitlines() if line.strip()]) <= 12
+    for picture in examples.folder.glob("*.png"):
+        picture.unlink()
+    run_block(script, {"__name__": "script"})
+    assert [picture.name for picture in examples.folder.glob("*.png")] == re.findall(r"\w+\.png", script.code)
 
 
-def documented(parameters: str) -> Parameters:
+def parse_signature(parameters: str) -> Parameters:
     """The parameters that a signature of the page lists."""
     function = ast.parse(f"def f({parameters}): pass").body[0]
     assert isinstance(function, ast.FunctionDef)
     given, kind = function.args, inspect.Parameter
     free: list[ast.expr | None] = [None] * (len(given.args) - len(given.defaults))
-    found: Parameters = [(one.arg, kind.POSITIONAL_OR_KEYWORD, value_of(value))
+    found: Parameters = [(one.arg, kind.POSITIONAL_OR_KEYWORD, default_of(value))
                          for one, value in zip(given.args, [*free, *given.defaults], strict=True)]
     if given.vararg:
         found.append((given.vararg.arg, kind.VAR_POSITIONAL, kind.empty))
-    found += [(one.arg, kind.KEYWORD_ONLY, value_of(value))
+    found += [(one.arg, kind.KEYWORD_ONLY, default_of(value))
               for one, value in zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     if given.kwarg:
         found.append((given.kwarg.arg, kind.VAR_KEYWORD, kind.empty))
     return found
 
 
-def value_of(default: ast.expr | None) -> Any:
+def default_of(default: ast.expr | None) -> Any:
     return inspect.Parameter.empty if default is None else ast.literal_eval(default)
 
 
-def coded(name: str) -> Parameters:
+def parameters_of(name: str) -> Parameters:
     """The parameters that the object of that name takes, without self."""
     parts = name.split(".")
     size = max(size for size in range(1, len(parts)) if (REPOSITORY / Path(*parts[:size]).with_suffix(".py")).exists())
@@ -141,14 +135,14 @@ def coded(name: str) -> Parameters:
 
 
 @pytest.mark.parametrize("signature", signatures(), ids=lambda text: text.split("(")[0])
-def test_a_signature_is_that_of_the_code(signature: str) -> None:
+def test_signature_equals_the_code(signature: str) -> None:
     """Names, order, kinds and defaults; numbers with their types."""
     match = SIGNATURE.fullmatch(signature)
     assert match, signature
-    expected, found = documented(match["parameters"]), coded(match["name"])
+    expected, found = parse_signature(match["parameters"]), parameters_of(match["name"])
     assert found == expected
     assert [type(default) for _, _, default in found] == [type(default) for _, _, default in expected]
 
 
-def test_prose_is_wrapped_at_120_characters() -> None:
+def test_lines_are_at_most_120_wide() -> None:
     assert [line for line in LINES if len(line) > 120 and not line.startswith("|")] == []

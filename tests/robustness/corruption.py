@@ -1,6 +1,6 @@
-"""What can happen to a file on its way: `damage` does one such thing to its bytes, drawn by `rng`.
+"""Ways to corrupt a file: each function changes its bytes, at random.
 
-A drawn `random.Random` of hypothesis makes every choice, so that a case that fails is made small again.
+hypothesis draws the `random.Random` that makes every choice, so that it can shrink a case that fails.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.fileio import CHECKSUM_LENGTH, CHECKSUM_PREFIX
+from common.fileio import append_checksum
 
-FOLDER = b"a folder stands in place of the file"  # told by identity: `damage` gives it back as it is
+FOLDER = b"a folder stands in place of the file"  # compared by identity
 CELLS = ("", " ", "NaN", "nan", "inf", "-inf", "-1", "0", "1", "2", "0.5", "7.0", "1.44E+12", "1e5", "9007199254740991",
          "9007199254740992", "-9007199254740991", "99999999999999999999", "1e308", "1e-320", "1e999", "True", "false",
          "NULL", "null", "None", "N/A", "x", "é", "١", "1_0", "0x10", "+5", " 7 ", "7\v", "=1+1", 'a"b', "\0", "-0",
@@ -49,7 +49,7 @@ def cut(rng: Random, content: bytes) -> bytes:
 
 
 def zero(rng: Random, content: bytes) -> bytes:
-    """A block of zeros, as a disk leaves that lost a page."""
+    """A block of zeros, as a disk with a lost page has."""
     start, size = rng.randrange(len(content) + 1), rng.choice((1, 4, 64, 512))
     return content[:start] + bytes(len(content[start:start + size])) + content[start + size:]
 
@@ -72,7 +72,7 @@ def insert(rng: Random, content: bytes) -> bytes:
 
 
 def replace(rng: Random, content: bytes) -> bytes:
-    """Something else altogether."""
+    """Another content."""
     return rng.choice((b"", b"\n", b"\0" * 1000, b"<html><body>404</body></html>\n", b"{}", b"[]", b"a,b\n1,2\n",
                        gzip.compress(content, mtime=0), b"PK\x03\x04" + content, content[::-1], FOLDER))
 
@@ -83,8 +83,8 @@ BYTES: tuple[Callable[[Random, bytes], bytes], ...] = (flip, cut, zero, lose, re
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def damage_table(rng: Random, content: bytes) -> bytes:
-    """Damage to a CSV file without quotes."""
+def corrupt_table(rng: Random, content: bytes) -> bytes:
+    """Corrupt a CSV file without quotes."""
     how = rng.randrange(10)
     if how < 2:
         return rng.choice(BYTES)(rng, content)
@@ -183,8 +183,8 @@ def encode(rng: Random, text: str) -> bytes:
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def damage_json(rng: Random, content: bytes) -> bytes:
-    """Damage to the text, or other content in a place or two of the object."""
+def corrupt_json(rng: Random, content: bytes) -> bytes:
+    """Change the text, or one or two values of the object."""
     how = rng.randrange(10)
     if how < 3:
         return rng.choice(BYTES)(rng, content)
@@ -235,20 +235,16 @@ def containers(value: Any) -> list[Any]:
 # ------------------------------------------------------------------------------------------------------------ archives
 
 
-def resealed(content: bytes, path: Any) -> bytes:
-    """The bytes with a valid checksum, as one gives them who means it."""
+def with_checksum(content: bytes, path: Any) -> bytes:
+    """The bytes with a valid checksum, as an attacker writes them."""
     path.write_bytes(content)
-    seal(path)
+    append_checksum(path)
     return path.read_bytes()
 
 
-def unsealed(content: bytes) -> bytes:
-    """As an earlier version wrote it."""
-    return content[:-CHECKSUM_LENGTH - 2] + b"\0\0" if content[-CHECKSUM_LENGTH:].startswith(CHECKSUM_PREFIX) else content
 
-
-def damage_checkpoint(rng: Random, content: bytes, scratch: Any) -> bytes:
-    """Damage to the bytes; or another content, whole, with or without a checksum."""
+def corrupt_checkpoint(rng: Random, content: bytes, scratch: Any) -> bytes:
+    """Change the bytes; or the values, with a valid checksum or without one."""
     how = rng.randrange(10)
     if how < 5:
         return rng.choice(BYTES)(rng, content)
@@ -258,7 +254,7 @@ def damage_checkpoint(rng: Random, content: bytes, scratch: Any) -> bytes:
     out = io.BytesIO()
     with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair
         torch.save(value, out)
-    return resealed(out.getvalue(), scratch) if how < 9 and out.getvalue() else out.getvalue()
+    return with_checksum(out.getvalue(), scratch) if how < 9 and out.getvalue() else out.getvalue()
 
 
 def change_tensors(rng: Random, value: Any) -> None:
@@ -277,7 +273,7 @@ def change_tensors(rng: Random, value: Any) -> None:
         lambda: tensor.to("meta"), lambda: tensor + 1))()
 
 
-def damage_memory(rng: Random, content: bytes, scratch: Any) -> bytes:
+def corrupt_replay_buffer(rng: Random, content: bytes, scratch: Any) -> bytes:
     how = rng.randrange(10)
     if how < 5:
         return rng.choice(BYTES)(rng, content)
@@ -299,9 +295,9 @@ def damage_memory(rng: Random, content: bytes, scratch: Any) -> bytes:
     elif kind == 5:
         arrays[name] = np.asfortranarray(array.reshape(len(array), -1))
     elif kind == 6:
-        identity = json.loads(arrays["identity"].tobytes())
-        change(rng, identity)
-        arrays["identity"] = np.frombuffer(json.dumps(identity).encode(), np.uint8)
+        metadata = json.loads(arrays["identity"].tobytes())
+        change(rng, metadata)
+        arrays["identity"] = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
     elif kind == 7:
         arrays["identity"] = np.frombuffer(rng.choice((b"", b"[]", b"[" * 100_000, b"\xff", b"1" * 5000)), np.uint8)
     else:
@@ -311,4 +307,4 @@ def damage_memory(rng: Random, content: bytes, scratch: Any) -> bytes:
     text = out.getvalue()
     if rng.randrange(6) == 0:  # an array that claims to be larger than it is
         text = text.replace(b"'shape': (", b"'shape': (9", 1)
-    return resealed(text, scratch) if how < 9 else text
+    return with_checksum(text, scratch) if how < 9 else text

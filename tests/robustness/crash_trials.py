@@ -227,7 +227,7 @@ class Trials:
 
     def _judge(self, folder: Path, pid: int, code: int, line: str, command: str) -> str:
         if code == 143:
-            found = re.fullmatch(r"stopped: .*; to go on: python3 (.+)\n", line)
+            found = re.fullmatch(r"interrupted; resume with: python3 (.+)\n", line)
             if not found:
                 return f"it said {line!r}"
             command = found[1]

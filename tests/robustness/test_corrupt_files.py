@@ -1,11 +1,11 @@
-"""Damaged input, thousands of cases: each file loads as it reference_reader reads, or is refused in one line that says where.
+"""Corrupt files: each one loads as an independent reader reads it, or is refused in one line that names it.
 
-A case damages one file (`damage`) and reads it as the commands do. If it loads, what was read is compared with an
-independent slow reading of the same bytes (`reference_reader`), and what was put right has to be counted and shown; if it is
-refused, the line has to name the file, and of a table the row and column that the slow reading blames as well. A
-traceback, a hang, a number that is not in the file or memory beyond reason fails.
+A case corrupts one file (`corruption`) and reads it as the commands do. If it loads, the result is compared with a slow
+reading of the same bytes (`reference_reader`), and repairs have to be printed with their number; if it is refused, the
+message has to name the file, and the row and column of a table that the slow reader rejects. A traceback, a hang, a
+number that is not in the file, or memory beyond reason fails.
 
-`make test` runs 500 cases, the same every time; `make torture` 10,000, of a seed that RMTL_SEED sets.
+`make test` runs a few cases of each kind, always the same; `make stress` 10,000, of the seed RMTL_SEED.
 """
 
 from __future__ import annotations
@@ -33,95 +33,100 @@ import numpy as np
 import pytest
 import reference_reader
 import torch
-from conftest import COUNTS
+from conftest import SUMMARY_LINES
 from hypothesis import strategies as st
-from test_prepare import assert_account_adds_up, read_csv_rows, reference
+from reference_reader import ReferenceTable, prepare_rows, read_prepared_rows
 
 from agents import ReplayBuffer
 from common.checkpoint import load_weights
-from common.errors import UserError
+from common.csv_reader import write_csv
+from common.errors import UserError, truncate
 from common.fileio import CHECKSUM_LENGTH, CHECKSUM_PREFIX, sha256
 from common.run_dir import RunDirectory
-from dataset.kuairand import LOG_KINDS, USER_FIELDS, VIDEO_FIELDS
+from dataset.kuairand import LOG_SCHEMA, USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
-from dataset.retailrocket import EVENT_KINDS, EVENTS, PROPERTIES, PROPERTY_KINDS
+from dataset.retailrocket import EVENT_SCHEMA, EVENTS, PROPERTIES, PROPERTY_SCHEMA
 from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits
-from dataset.simulate import TRUTH_KINDS, SimulationConfig, simulate
+from dataset.simulate import GROUND_TRUTH_SCHEMA, SimulationConfig, simulate
 from dataset.tables import SPLITS
 from dataset.vocabulary import Catemapper, encode_splits
 from layers import CriticNeg
 from SLmain import fit
 from slmodels import build
 from slmodels.model_file import save_model
-from train import run as loops
 from train.Arguments import SLArguments
 from train.metrics import Metrics
-from train.polish import make_polisher, summary
+from train.polish import comparison_table, make_polisher
+from train.supervised import Training
+from train.utils import EarlyStopper
 
+QUICK_CASES = 250
 SECONDS = 20  # a case takes a tenth of one
-MEMORY = 4 * 2**30  # beyond what the tests have taken so far
+MEMORY = 4 * 2**30  # beyond what the tests take before
+ORDERED = "rows sorted by session and time"
 TREE_KINDS = {"categoryid": "id", "parentid": "optional_id"}
 USER_KINDS = {"user_id": "id", **dict.fromkeys(USER_FIELDS, "optional_text")}
 VIDEO_KINDS = {"video_id": "id", **dict.fromkeys((*VIDEO_FIELDS, "video_duration"), "optional_text")}
-IDENTITY = {"data": "fuzz", "field_dims": [4, 3, 2], "reward_type": "bce"}
+NO_PROBLEMS = ReferenceTable([], [])
+METADATA = {"data": "fuzz", "field_dims": [4, 3, 2], "reward_type": "bce"}
 
 
 class Case(NamedTuple):
-    """One damaged file in its place."""
+    """A corrupt file in its place."""
 
-    folder: Path  # of the undamaged files around it
+    folder: Path  # of the intact files around it
     path: Path
     content: bytes
     original: bytes
 
 
 class Target(NamedTuple):
-    """A kind of file: where its undamaged files are, which of them are damaged and how, and who reads them.
+    """A kind of file: where its intact files are, which of them are corrupted and how, and their reader.
 
     `read` reads as the commands do and compares; it lets UserError pass.
     """
 
     folder: Path
     files: list[str]
-    harm: Callable[[random.Random, bytes], bytes]
+    corrupt: Callable[[random.Random, bytes], bytes]
     read: Callable[[Case], None]
     gzipped: bool = False  # may also be called .gz
     share: int = 1
 
 
-def plain_of(case: Case, name: str, kinds: dict[str, Any], optional: tuple[str, ...] = (),
-             empty: bool = False) -> reference_reader.Plain:
-    """The plain reading of a file, the damaged one or one beside it."""
+def read_reference(case: Case, name: str, kinds: dict[str, Any], optional: tuple[str, ...] = (),
+             empty: bool = False) -> ReferenceTable:
+    """What the slow reader reads in a file, the corrupt one or another one of its folder."""
     damaged = case.path.name.removesuffix(".gz") == name
     if damaged and case.content is corruption.FOLDER:
-        return reference_reader.whole()
+        return reference_reader.unreadable()
     path = case.path if damaged else case.folder / name
     return reference_reader.read(path.read_bytes(), path.suffix == ".gz", kinds, optional, empty)
 
 
 @contextlib.contextmanager
-def blame(case: Case, plain: reference_reader.Plain, others: str = "") -> Iterator[None]:
-    """What the reader refuses is what the plain reading finds wrong, or one of `others` (a regular expression)."""
+def assert_blamed(case: Case, expected: ReferenceTable, others: str = "") -> Iterator[None]:
+    """Messages name what the slow reader rejects, or match `others` (a regular expression)."""
     try:
         yield
     except UserError as error:
         text = str(error)
-        if not plain.problems:
+        if not expected.problems:
             assert others, text
             assert re.search(others, text), text
             raise
-        line, column = plain.problems[0]
+        line, column = expected.problems[0]
         assert text.startswith(str(case.path)), text
         if line:  # or "row 7 (about line 8)", where the row is well-formed and its content is not
-            assert re.search(rf"\bline {line}\b", text), (text, plain.problems[:3])
+            assert re.search(rf"\bline {line}\b", text), (text, expected.problems[:3])
         if column:
             shown = re.sub(r"[^\x20-\x7e]", "?", column)
-            assert f"column '{shown if len(shown) <= 40 else shown[:37] + '...'}'" in text, (text, plain.problems[:3])
+            assert f"column '{truncate(shown, 40)}'" in text, (text, expected.problems[:3])
         raise
-    assert not plain.problems, f"read without complaint: {plain.problems[:3]}"
+    assert not expected.problems, f"read without an error: {expected.problems[:3]}"
 
 
-def shown(out: str, path: Path, count: int, what: str) -> None:
+def assert_repair_logged(out: str, path: Path, count: int, what: str) -> None:
     """A repair is shown with its count; what was not repaired is not."""
     line = f"{path}: repaired: {count:,} {what}"
     assert (line in out) == (count > 0), (line, out)
@@ -131,7 +136,7 @@ def shown(out: str, path: Path, count: int, what: str) -> None:
 
 
 def prepared(case: Case, source: str = "retailrocket") -> Path:
-    """The folder that `dataset.prepare` makes of the case; it is empty before, and of no consequence after."""
+    """The folder that `dataset.prepare` makes of the case; it is empty before, and not needed afterwards."""
     out = case.folder.parent / "out"
     shutil.rmtree(out, ignore_errors=True)
     prepare(case.folder, out, source=source)
@@ -145,9 +150,10 @@ def printed() -> str:
 
 
 def read_retailrocket(case: Case) -> None:
-    events = plain_of(case, "events.csv", EVENT_KINDS)
-    parts = [plain_of(case, f"item_properties_part{number}.csv", PROPERTY_KINDS, empty=True) for number in (1, 2)]
-    tree = plain_of(case, "category_tree.csv", TREE_KINDS)
+    events = read_reference(case, "events.csv", EVENT_SCHEMA)
+    parts = [read_reference(case, f"item_properties_part{number}.csv", PROPERTY_SCHEMA, empty=True)
+             for number in (1, 2)]
+    tree = read_reference(case, "category_tree.csv", TREE_KINDS)
     stems = ("events", "item_properties_part1", "item_properties_part2", "category_tree")
     damaged = dict(zip(stems, (events, *parts, tree), strict=True))[case.path.name.split(".")[0]]
     unknown = [number for number, row in enumerate(events.rows) if row["event"] not in EVENTS]
@@ -155,19 +161,18 @@ def read_retailrocket(case: Case) -> None:
     if not events.problems and not unknown:
         rows = [(row["timestamp"], row["visitorid"], row["event"], row["itemid"], row["transactionid"])
                 for row in events.rows]
-        expected = reference(rows)  # type: ignore[arg-type]
+        expected = prepare_rows(rows)  # type: ignore[arg-type]
     others = ""
     if not events.problems and unknown:
         others = rf"events\.csv(\.gz)?, row {unknown[0] + 1} \(about line \d+\), column 'event'"
     elif not events.problems and expected is None:
         others = "no session has|cannot be cut 6:2:2"
-    with blame(case, damaged, others):
+    with assert_blamed(case, damaged, others):
         out = prepared(case)
     assert expected is not None
-    assert read_csv_rows(out) == expected
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
-    shown(printed(), case.path, damaged.words, "cells taken for empty that say NULL, NA or nan, or are blank")
-    assert_account_adds_up(out)
+    assert read_prepared_rows(out) == expected
+    assert_repair_logged(printed(), case.path, damaged.blank_lines, "blank lines skipped")
+    assert_repair_logged(printed(), case.path, damaged.na_cells, "NULL, NA, nan or blank cells read as empty")
 
     boundary = expected[1][0].timestamp
     last: dict[tuple[int, str], tuple[int, str]] = {}
@@ -185,24 +190,24 @@ def read_retailrocket(case: Case) -> None:
 
 
 def read_truth(case: Case) -> None:
-    truth = plain_of(case, "truth.csv", TRUTH_KINDS)
+    truth = read_reference(case, "truth.csv", GROUND_TRUTH_SCHEMA)
     if case.path.name == "simulation.json":
-        with blame(case, reference_reader.Plain([], []), re.escape(str(case.path))):
+        with assert_blamed(case, NO_PROBLEMS, re.escape(str(case.path))):
             out = prepared(case)
         assert json.loads((out / "manifest.json").read_text())["simulation"] == json.loads(case.content)
     else:
-        with blame(case, truth, r"truth\.csv, row \d+ \(about line \d+\), column '\w+': .*(is not between|stands there "
-                                r"twice)|truth\.csv: has no row for item"):
+        with assert_blamed(case, truth, r"truth\.csv, row \d+ \(about line \d+\), column '\w+': .*(is not between|"
+                           r"duplicate row)|truth\.csv: no row for item"):
             out = prepared(case)
     facts = {(row["timestamp"], row["visitorid"], row["itemid"]): row for row in truth.rows}
     written = reference_reader.read((out / "truth.csv").read_bytes(), False,
-                           {"sessionid": "id", **{k: v for k, v in TRUTH_KINDS.items() if k != "visitorid"}})
-    rows = [row for split in read_csv_rows(out) for row in split]
+                           {"sessionid": "id", **{k: v for k, v in GROUND_TRUTH_SCHEMA.items() if k != "visitorid"}})
+    rows = [row for split in read_prepared_rows(out) for row in split]
     assert [(row["timestamp"], row["sessionid"], row["itemid"]) for row in written.rows] == [row[:3] for row in rows]
     for row in written.rows:
         fact = facts[row["timestamp"], row["sessionid"], row["itemid"]]
-        assert {name: row[name] for name in TRUTH_KINDS if name != "visitorid"} == {
-            name: fact[name] for name in TRUTH_KINDS if name != "visitorid"}
+        assert {name: row[name] for name in GROUND_TRUTH_SCHEMA if name != "visitorid"} == {
+            name: fact[name] for name in GROUND_TRUTH_SCHEMA if name != "visitorid"}
 
 
 # -------------------------------------------------------------------------------------------------------- raw KuaiRand
@@ -226,9 +231,9 @@ def kuairand_raw(folder: Path) -> None:
 
 
 def read_kuairand(case: Case) -> None:
-    files = {"log_standard_part1.csv": LOG_KINDS, "log_standard_part2.csv": LOG_KINDS,
+    files = {"log_standard_part1.csv": LOG_SCHEMA, "log_standard_part2.csv": LOG_SCHEMA,
              "user_features_1k.csv": USER_KINDS, "video_features_basic_1k.csv": VIDEO_KINDS}
-    plain = {name: plain_of(case, name, kinds, empty=name.startswith("log"))  # type: ignore[arg-type]
+    plain = {name: read_reference(case, name, kinds, empty=name.startswith("log"))  # type: ignore[arg-type]
              for name, kinds in files.items()}
     damaged = plain[case.path.name.removesuffix(".gz")]
     log = [row for number in (1, 2) for row in plain[f"log_standard_part{number}.csv"].rows]
@@ -242,9 +247,9 @@ def read_kuairand(case: Case) -> None:
     cuts = [sum(time < times[min(int(share * len(times)), len(times) - 1)] for time in times) for share in (0.6, 0.8)]
     parts = [rows[:cuts[0]], rows[cuts[0]:cuts[1]], rows[cuts[1]:]]
     late = max((row["time_ms"] + max(row["play_time_ms"], 0) for row in rows), default=0)
-    with blame(case, damaged, "" if all(parts) and late < 2**53 else "cannot be cut 6:2:2|too large for an id"):
+    with assert_blamed(case, damaged, "" if all(parts) and late < 2**53 else "cannot be cut 6:2:2|too large for an id"):
         out = prepared(case, "kuairand")
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
+    assert_repair_logged(printed(), case.path, damaged.blank_lines, "blank lines skipped")
 
     for name, part in zip(SPLITS, parts, strict=True):
         text = reference_reader.read((out / f"{name}.csv").read_bytes(), False, {
@@ -270,7 +275,7 @@ def read_kuairand(case: Case) -> None:
         assert [row[name] for row in table.rows] == sorted({row[key] for row in rows})
         for row in table.rows:
             raw = known.get(row[name], dict.fromkeys(kinds, ""))
-            assert [row[one] for one in fields] == [reference_reader.spelling(raw[one]) for one in fields]
+            assert [row[one] for one in fields] == [reference_reader.normalize_category(raw[one]) for one in fields]
             if key == "video_id":
                 assert row["video_duration"] == power_of_two(raw["video_duration"])
 
@@ -307,26 +312,26 @@ def compare_tables(case: Case, manifest: str) -> None:
     kinds = {"timestamp": "id", "sessionid": "id", "visitorid": "id", "itemid": "id", "click": "label", "pay": "label",
              "click_time": "optional_id", "pay_time": "optional_id"}
     optional = ("sessionid", "visitorid", "click_time", "pay_time")
-    plain = {name: plain_of(case, f"{name}.csv", kinds, optional) for name in SPLITS}
-    items = plain_of(case, "item_feadf.csv", {"itemid": "id", **dict.fromkeys(PROPERTIES, "optional_text")})
+    plain = {name: read_reference(case, f"{name}.csv", kinds, optional) for name in SPLITS}
+    items = read_reference(case, "item_feadf.csv", {"itemid": "id", **dict.fromkeys(PROPERTIES, "optional_text")})
     damaged = {**plain, "item_feadf": items}[case.path.stem]
     others = [r"SHA-256 differs"] if manifest == "differs" else []
     ids = [row["itemid"] for row in items.rows]
     if len(set(ids)) < len(ids):
-        others.append(r"item_feadf\.csv, line \d+, column 'itemid': item -?\d+ stands there twice")
+        others.append(r"item_feadf\.csv, line \d+, column 'itemid': duplicate item -?\d+")
     if damaged.rows and "sessionid" not in damaged.rows[0] and "visitorid" not in damaged.rows[0]:
         others.append("line 1: column 'sessionid' is missing")
     if manifest == "agrees":
-        others.append(r"splits share no sessions|truth\.csv(, row \d+ \(about line \d+\), column '\w+')?: ")
+        others.append(r"splits must not share sessions|truth\.csv(, row \d+ \(about line \d+\), column '\w+')?: ")
     if case.content is corruption.FOLDER:
         others.append(f"{re.escape(str(case.path))}: not a file|missing: put the file back")
-        damaged = reference_reader.Plain([], [])
-    with blame(case, damaged, "|".join(others)):
+        damaged = NO_PROBLEMS
+    with assert_blamed(case, damaged, "|".join(others)):
         splits = load_splits(case.folder)
     if manifest == "differs":
         assert case.content == case.original
-    shown(printed(), case.path, damaged.blank_lines, "blank lines left out")
-    shown(printed(), case.path, damaged.words, "cells taken for empty that say NULL, NA or nan, or are blank")
+    assert_repair_logged(printed(), case.path, damaged.blank_lines, "blank lines skipped")
+    assert_repair_logged(printed(), case.path, damaged.na_cells, "NULL, NA, nan or blank cells read as empty")
 
     by_item = {row["itemid"]: row for row in items.rows}
     for name in SPLITS:
@@ -337,18 +342,20 @@ def compare_tables(case: Case, manifest: str) -> None:
         order = sorted(range(len(rows)), key=lambda k: (first[rows[k]["sessionid"]], rows[k]["sessionid"],
                                                         rows[k]["timestamp"], k))
         moved = sum(place != k for place, k in enumerate(order))
-        shown(printed(), case.folder / f"{name}.csv", moved, "rows put into the order of session and time")
+        assert_repair_logged(printed(), case.folder / f"{name}.csv", moved, ORDERED)
         rows = [rows[k] for k in order]
         split: RetailRocketRLDataset = getattr(splits, name)
         assert split.session.tolist() == [row["sessionid"] for row in rows]
         assert split.timestamp.tolist() == [row["timestamp"] for row in rows]
         assert split.labels.tolist() == [[row["click"], row["pay"]] for row in rows]
-        assert values_of(split) == [[reference_reader.spelling(by_item[row["itemid"]][one]) if row["itemid"] in by_item else ""
-                                     for one in PROPERTIES] for row in rows]
+        unknown = dict.fromkeys(PROPERTIES, "")
+        assert values_of(split) == [[reference_reader.normalize_category(by_item.get(row["itemid"], unknown)[field])
+                                     for field in PROPERTIES] for row in rows]
         sessions: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
             sessions.setdefault(row["sessionid"], []).append(row)
-        numbers = [one for session in sessions.values() for one in reference_reader.session_features(session, ("click", "pay"))]
+        numbers = [numbers for session in sessions.values()
+                   for numbers in reference_reader.session_features(session, ("click", "pay"))]
         np.testing.assert_allclose(split.numerical, np.array(numbers), rtol=1e-5, atol=1e-6)
 
 
@@ -360,7 +367,7 @@ def values_of(split: RetailRocketRLDataset) -> list[list[str]]:
 
 
 def read_manifest(case: Case, original: Splits) -> None:
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.folder))):
+    with assert_blamed(case, NO_PROBLEMS, re.escape(str(case.folder))):
         splits = load_splits(case.folder)
     manifest = json.loads(case.content)
     fields = manifest["categorical"]
@@ -383,13 +390,13 @@ def read_manifest(case: Case, original: Splits) -> None:
 
 
 def read_catemapper(case: Case, original: Splits) -> None:
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.path))):
+    with assert_blamed(case, NO_PROBLEMS, re.escape(str(case.path))):
         mapper = Catemapper.load(case.path)
     saved = json.loads(case.content)
     assert mapper.threshold == saved["threshold"]
     assert mapper.ids == {name: {value: number for number, value in enumerate(values, start=1)}
                           for name, values in saved["ids"].items()}
-    with blame(case, reference_reader.Plain([], []), "" if set(mapper.ids) <= set(original.val.fields) else "field"):
+    with assert_blamed(case, NO_PROBLEMS, "" if set(mapper.ids) <= set(original.val.fields) else "field"):
         mapped = mapper.map(original.val)
     columns = dict(zip(original.val.fields, zip(*values_of(original.val), strict=True), strict=True))
     for column, (name, ids) in zip(mapped.categorical.T, mapper.ids.items(), strict=True):
@@ -397,16 +404,17 @@ def read_catemapper(case: Case, original: Splits) -> None:
         assert column.max() < len(ids) + 1
 
 
-# -------------------------------------------------------------------------------------------------- models and memories
+# -------------------------------------------------------------------------------------------- models and replay buffers
 
 
-def is_sealed(content: bytes) -> bool:
-    return content[-CHECKSUM_LENGTH:] == CHECKSUM_PREFIX + hashlib.sha256(content[:-CHECKSUM_LENGTH]).hexdigest().encode()
+def has_checksum(content: bytes) -> bool:
+    digest = hashlib.sha256(content[:-CHECKSUM_LENGTH]).hexdigest()
+    return content[-CHECKSUM_LENGTH:] == CHECKSUM_PREFIX + digest.encode()
 
 
 def saved_value(case: Case) -> Any:
     """What a checkpoint that was accepted holds, by torch itself."""
-    assert is_sealed(case.content)
+    assert has_checksum(case.content)
     return torch.load(io.BytesIO(case.content), weights_only=True)
 
 
@@ -423,80 +431,82 @@ def small_model(dims: list[int], numbers: int) -> torch.nn.Module:
     return build("esmm", dims, numbers, 4, (8, 4), (4,), 2, 2, 0.2)
 
 
-def read_baseline(case: Case, original: Splits, identity: dict[str, Any]) -> None:
-    model = small_model(identity["field_dims"], original.train.numerical_num)
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.path)) + ".*: make it anew$"):
-        load_weights(case.path, model, identity, "make it anew")
+def read_baseline(case: Case, original: Splits, metadata: dict[str, Any]) -> None:
+    model = small_model(metadata["field_dims"], original.train.numerical_num)
+    with assert_blamed(case, NO_PROBLEMS, re.escape(str(case.path)) + ".*: make it anew$"):
+        load_weights(case.path, model, metadata, "make it anew")
     value = saved_value(case)
-    assert {name: value[name] for name in identity} == identity
+    assert {name: value[name] for name in metadata} == metadata
     assert_weights(value["weights"], model)
 
 
-def read_critic(case: Case, original: Splits, identity: dict[str, Any], settings: SLArguments) -> None:
-    model = small_model(identity["field_dims"], original.train.numerical_num)
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.path))
+def read_critic(case: Case, original: Splits, metadata: dict[str, Any], settings: SLArguments) -> None:
+    model = small_model(metadata["field_dims"], original.train.numerical_num)
+    with assert_blamed(case, NO_PROBLEMS, re.escape(str(case.path))
                + ".*: python3 RLmain.py --actor_name=esmm --expert_num=2 --embed_dim=4 --bottom_mlp_dims=8,4 "
                "--tower_mlp_dims=4$"):
-        polisher = make_polisher(model, settings, identity, torch.device("cpu"))
+        polisher = make_polisher(settings, metadata, model, torch.device("cpu"))
     value = saved_value(case)
     assert {name: value[name] for name in ("data", "numerical", "field_dims")} == {
-        name: identity[name] for name in ("data", "numerical", "field_dims")}
+        name: metadata[name] for name in ("data", "numerical", "field_dims")}
     assert_weights(value["weights"], polisher.critics[("critic1.pth", "critic2.pth").index(case.path.name)])
 
 
-def fit_once(model: torch.nn.Module, splits: Splits, settings: SLArguments, run_folder: RunDirectory) -> None:
+def fit_once(model: torch.nn.Module, splits: Splits, settings: SLArguments, run_dir: RunDirectory) -> None:
     """Train as SLmain.py does, to the best weights."""
-    training = loops.Training(model, splits, settings, run_folder, lambda path, weights: save_model(path, weights, {}),
-                              torch.device("cpu"))
-    fit(training)
-    training.take_best()
+    training = Training(model, splits, torch.optim.Adam(model.parameters()), EarlyStopper(settings.patience), run_dir,
+                        lambda path, weights: save_model(path, weights, {}), torch.device("cpu"), task_num=2,
+                        batch_size=settings.batch_size, seed=settings.seed)
+    training.start(settings.plain(), settings.resume)
+    fit(training, settings.epoch)
+    training.restore_best()
 
 
-def read_state(case: Case, original: Splits, identity: dict[str, Any], settings: SLArguments) -> None:
-    model = small_model(identity["field_dims"], original.train.numerical_num)
-    run_folder = RunDirectory(case.folder, "rt_esmm_0.0")
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.path)) + ".*run without --resume to start anew$"):
-        fit_once(model, original, settings, run_folder)
+def read_checkpoint(case: Case, original: Splits, metadata: dict[str, Any], settings: SLArguments) -> None:
+    model = small_model(metadata["field_dims"], original.train.numerical_num)
+    run_dir = RunDirectory(case.folder, "rt_esmm_0.0")
+    with assert_blamed(case, NO_PROBLEMS, f"{re.escape(str(case.path))}.*run without --resume to start a new run$"):
+        fit_once(model, original, settings, run_dir)
     value = saved_value(case)
     assert value["fingerprint"] == original.fingerprint
     assert_weights(value["stopper"]["best_state"], model)
 
 
-def read_memory(case: Case) -> None:
-    memory = ReplayBuffer(4, 2, 20, 4)
-    with blame(case, reference_reader.Plain([], []), re.escape(str(case.path)) + ".*run RLmain.py with --refill to fill a new"):
+def read_replay_buffer(case: Case) -> None:
+    buffer = ReplayBuffer(4, 2, 20, 4)
+    with assert_blamed(case, NO_PROBLEMS, f"{re.escape(str(case.path))}.*run RLmain.py with --refill to fill a new"):
         try:
-            memory.load(case.path, IDENTITY)
+            buffer.load(case.path, METADATA)
         except UserError:
-            assert len(memory) == 0
-            assert not memory.storage.any()
+            assert len(buffer) == 0
+            assert not buffer.storage.any()
             raise
-    assert is_sealed(case.content)
+    assert has_checksum(case.content)
     with np.load(io.BytesIO(case.content), allow_pickle=False) as file:
-        for name, column in memory.data.items():
+        for name, column in buffer.data.items():
             assert np.isfinite(column).all()
-            assert column[: len(memory)].tolist() == file[name].tolist()
+            assert column[: len(buffer)].tolist() == file[name].tolist()
         saved = json.loads(file["identity"].tobytes())
-    assert {name: saved[name] for name in IDENTITY} == IDENTITY
-    assert memory.next == saved["next"] % memory.max_size
-    assert len(memory.sample_batch()["index"]) == min(4, len(memory))
+    assert {name: saved[name] for name in METADATA} == METADATA
+    assert buffer.ptr == saved["next"] % buffer.max_size
+    assert len(buffer.sample_batch()["index"]) == min(4, len(buffer))
 
 
-# ----------------------------------------------------------------------------------------------- the books of a control
+# ----------------------------------------------------------------------------------------------- the files of a control
 
 
-def read_books(case: Case, settings: SLArguments) -> None:
-    """A damaged control is left out with a line that names the file, or its very figures stand in the table."""
+def read_control(case: Case, settings: SLArguments) -> None:
+    """A corrupt control is skipped with a line that names the file, or its very metrics are in the table."""
     own = [Metrics(0.7, 0.2, 0.1), Metrics(0.8, 0.1, 0.05)]
-    text = summary(settings, "start", own, own, own, ["CTR", "CTCVR"])
+    text = comparison_table(settings, "start", own, own, own, ["CTR", "CTCVR"])
     lines = text.splitlines()
     control = [line for line in lines if line.startswith("control: constant  ")]
-    refused = [line for line in lines if line.startswith("control: constant is left out: ")]
+    refused = [line for line in lines if line.startswith("control: constant is skipped: ")]
     if refused:
         assert str(case.path) in refused[0], refused
         raise UserError(refused[0])
     config = json.loads((case.folder / "config.json").read_bytes())
-    plain = plain_of(case, "metrics.csv", dict.fromkeys(
+    plain = read_reference(case, "metrics.csv", dict.fromkeys(
         ["split", *(f"{figure}_{task}" for task in ("CTR", "CTCVR") for figure in Metrics._fields)], "optional_text"))
     if not control:
         last = [row for row in plain.rows if row["split"] == "test"]
@@ -512,12 +522,12 @@ def read_books(case: Case, settings: SLArguments) -> None:
         assert 0 <= one <= (1 if auc else math.inf) or (auc and math.isnan(one))
 
 
-# ----------------------------------------------------------------------------------------------------------- the world
+# ----------------------------------------------------------------------------------------------------------- the trials
 
 
 @pytest.fixture(scope="module")
 def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    """Every kind of file that a command reads, undamaged, and its readers."""
+    """Every kind of file that a command reads, intact, and its readers."""
     folder = tmp_path_factory.mktemp("fuzz")
     torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -532,72 +542,73 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
         settings = SLArguments(embed_dim=4, expert_num=2, bottom_mlp_dims=(8, 4), tower_mlp_dims=(4,), epoch=1,
                                save_dir=str(folder / "SL"), resume=True, batch_size=16, polish_lambda=0.0,
                                critic_dir=str(folder / "RL"))
-        identity = settings.metadata("esmm", splits.train.metadata)
+        metadata = settings.metadata("esmm", splits.train.metadata)
         model = small_model(mapper.field_dims, splits.train.numerical_num)
-        save_model(folder / "pretrain" / "rt_esmm.pt", model, identity)
-        state = RunDirectory(folder / "state", "rt_esmm_0.0")
+        save_model(folder / "pretrain" / "rt_esmm.pt", model, metadata)
+        state = RunDirectory(folder / "checkpoint", "rt_esmm_0.0")
         fit_once(model, splits, settings, state)
         polish = SLArguments(**{**vars(settings), "polish_lambda": 1.0, "resume": False})
         for critic in ("critic1", "critic2"):
             save_model(folder / "RL" / "res_TD3BC_esmm" / f"{critic}.pth", CriticNeg(
                 mapper.field_dims, splits.train.numerical_num, 2, (8, 4), (4,)),
-                {**identity, "embed_dim": 2, "critic_encoder": "none", "critic_window": 0})
+                {**metadata, "embed_dim": 2, "critic_encoder": "none", "critic_window": 0})
         controlled = SLArguments(**{**vars(polish), "polish_method": "constant"})
-        control = controlled.run
+        control = controlled.run_dir
         config = {"settings": controlled.plain(), "start": "start"}
-        control.books.mkdir(parents=True)
+        control.path.mkdir(parents=True)
         control.config.write_text(json.dumps(config))
-        control.write_metrics([{"split": "val", "epoch": 1, "loss": 0.25, "auc_CTR": 0.61, "auc_CTCVR": 0.71},
+        write_csv(control.metrics, [{"split": "val", "epoch": 1, "loss": 0.25, "auc_CTR": 0.61, "auc_CTCVR": 0.71},
                                {"split": "test", "epoch": 1, **{
                                    f"{figure}_{task}": value for task in ("CTR", "CTCVR")
                                    for figure, value in zip(Metrics._fields, (0.625, 0.25, 0.125), strict=True)}}])
         mapper.save(folder / "mapper" / "catemapper.json")
-        memory = ReplayBuffer(4, 2, 20, 4)
+        buffer = ReplayBuffer(4, 2, 20, 4)
         rng = np.random.default_rng(0)
         for _ in range(9):
-            memory.store(*(rng.random(size).astype(np.float32) for size in (4, 2, 4, 2)), False, np.ones(2, np.float32))
-        memory.save(folder / "memory" / "memory.npz", IDENTITY)
+            buffer.store(*(rng.random(size).astype(np.float32) for size in (4, 2, 4, 2)), False, np.ones(2, np.float32))
+        buffer.save(folder / "memory" / "memory.npz", METADATA)
 
     def checkpoint(rng: random.Random, content: bytes) -> bytes:
-        return corruption.damage_checkpoint(rng, content, folder / "scratch")
+        return corruption.corrupt_checkpoint(rng, content, folder / "scratch")
 
     def of_raw(rng: random.Random, content: bytes) -> bytes:
-        return corruption.damage_json(rng, content) if content.startswith(b"{") else damage.damage_table(rng, content)
+        corrupt = corruption.corrupt_json if content.startswith(b"{") else corruption.corrupt_table
+        return corrupt(rng, content)
 
     tables = ["train.csv", "val.csv", "test.csv", "item_feadf.csv"]
     logs = ["log_standard_part1.csv", "log_standard_part2.csv", "user_features_1k.csv", "video_features_basic_1k.csv"]
     events = ["events.csv", "events.csv", "item_properties_part1.csv", "item_properties_part2.csv", "category_tree.csv"]
-    known = splits, identity
+    known = splits, metadata
     return {
-        "raw RetailRocket": Target(folder / "rr" / "raw", events, corruption.damage_table, read_retailrocket, True, 2),
-        "raw KuaiRand": Target(folder / "kr" / "raw", logs, corruption.damage_table, read_kuairand, True),
+        "raw RetailRocket": Target(folder / "rr" / "raw", events, corruption.corrupt_table, read_retailrocket, True, 2),
+        "raw KuaiRand": Target(folder / "kr" / "raw", logs, corruption.corrupt_table, read_kuairand, True),
         "truth and simulation": Target(folder / "truth" / "raw", ["truth.csv", "simulation.json"], of_raw, read_truth),
-        "published tables": Target(folder / "tables" / "rt", tables, corruption.damage_table, read_tables, share=2),
-        "tables, manifest agrees": Target(folder / "tables" / "rt", tables, corruption.damage_table,
+        "published tables": Target(folder / "tables" / "rt", tables, corruption.corrupt_table, read_tables, share=2),
+        "tables, manifest agrees": Target(folder / "tables" / "rt", tables, corruption.corrupt_table,
                                           lambda case: read_tables(case, "agrees")),
-        "tables, manifest differs": Target(folder / "tables" / "rt", tables, corruption.damage_table,
+        "tables, manifest differs": Target(folder / "tables" / "rt", tables, corruption.corrupt_table,
                                            lambda case: read_tables(case, "differs")),
-        "manifest": Target(folder / "tables" / "rt", ["manifest.json"], corruption.damage_json,
+        "manifest": Target(folder / "tables" / "rt", ["manifest.json"], corruption.corrupt_json,
                            lambda case: read_manifest(case, splits), share=2),
-        "catemapper": Target(folder / "mapper", ["catemapper.json"], corruption.damage_json,
+        "catemapper": Target(folder / "mapper", ["catemapper.json"], corruption.corrupt_json,
                              lambda case: read_catemapper(case, splits)),
-        "replay memory": Target(folder / "memory", ["memory.npz"],
-                                lambda rng, content: corruption.damage_memory(rng, content, folder / "scratch"),
-                                read_memory, share=2),
+        "replay buffer": Target(folder / "memory", ["memory.npz"],
+                                lambda rng, content: corruption.corrupt_replay_buffer(rng, content, folder / "scratch"),
+                                read_replay_buffer, share=2),
         "baseline": Target(folder / "pretrain", ["rt_esmm.pt"], checkpoint, lambda case: read_baseline(case, *known)),
         "critics": Target(folder / "RL" / "res_TD3BC_esmm", ["critic1.pth", "critic2.pth"], checkpoint,
                           lambda case: read_critic(case, *known, polish)),
-        "state of a run": Target(folder / "state", ["state.pt"], checkpoint,
-                                 lambda case: read_state(case, *known, settings)),
-        "books of a control": Target(control.books, ["config.json", "metrics.csv"], of_raw,
-                                     lambda case: read_books(case, polish)),
+        "checkpoint": Target(folder / "checkpoint", ["checkpoint.pt"], checkpoint,
+                                 lambda case: read_checkpoint(case, *known, settings)),
+        "files of a control": Target(control.path, ["config.json", "metrics.csv"], of_raw,
+                                     lambda case: read_control(case, polish)),
     }
 
 
 @pytest.fixture(autouse=True)
 def _quick_and_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No pictures are drawn, nothing waits for the disk, and no more memory is to be had than a reader may take."""
-    monkeypatch.setattr(loops, "plot_panels", lambda *_, **__: None)
+    monkeypatch.setattr("train.supervised.plot_panels", lambda *_, **__: None)
     monkeypatch.setattr(os, "fsync", lambda _: None)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -607,18 +618,18 @@ def _quick_and_small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_AS, before)
 
 
-def hang(_number: int, _frame: object) -> None:
+def on_timeout(_number: int, _frame: object) -> None:
     raise AssertionError(f"still reading after {SECONDS} s")
 
 
-def judge(target: Target, file: str, content: bytes, renamed: bool) -> str:
-    """Put the damaged file into its place, read it, put everything back; return what became of it."""
+def run_case(target: Target, file: str, content: bytes, renamed: bool) -> str:
+    """Put the corrupt file into its place, read it, put everything back; return the outcome."""
     original = (target.folder / file).read_bytes()
     path = target.folder / (f"{file}.gz" if renamed else file)
     (target.folder / file).unlink()
     before = set(target.folder.iterdir())
     out = io.StringIO()
-    signal.signal(signal.SIGALRM, hang)
+    signal.signal(signal.SIGALRM, on_timeout)
     signal.alarm(SECONDS)
     try:
         if content is corruption.FOLDER:
@@ -636,7 +647,7 @@ def judge(target: Target, file: str, content: bytes, renamed: bool) -> str:
     except Exception as error:
         if content is not corruption.FOLDER:
             (target.folder.parent / f"failed {path.name}").write_bytes(content)
-            error.add_note(f"the damaged file: {target.folder.parent / f'failed {path.name}'}")
+            error.add_note(f"the corrupt file: {target.folder.parent / f'failed {path.name}'}")
         raise
     finally:
         signal.alarm(0)
@@ -650,25 +661,25 @@ def judge(target: Target, file: str, content: bytes, renamed: bool) -> str:
 
 
 def fuzz(target: Target, cases: int, seed: int | None) -> Counter[str]:
-    """Judge so many cases of a kind; the same ones each time, or those of a seed."""
-    tally: Counter[str] = Counter()
+    """Run so many cases of a kind, and count the outcomes; the same ones each time, or those of a seed."""
+    counts: Counter[str] = Counter()
 
     @hypothesis.settings(max_examples=cases, derandomize=seed is None, database=None, deadline=None,
                          suppress_health_check=list(hypothesis.HealthCheck))
     @hypothesis.given(st.randoms(use_true_random=False))
     def one(rng: random.Random) -> None:
         file = rng.choice(target.files)
-        content = target.harm(rng, (target.folder / file).read_bytes())
+        content = target.corrupt(rng, (target.folder / file).read_bytes())
         if target.gzipped and content is not corruption.FOLDER and rng.randrange(8) == 0:
             content = content if rng.randrange(4) == 0 else corruption.gzip.compress(content, mtime=0)
-            tally[judge(target, file, content, renamed=True)] += 1
+            counts[run_case(target, file, content, renamed=True)] += 1
         else:
-            tally[judge(target, file, content, renamed=False)] += 1
+            counts[run_case(target, file, content, renamed=False)] += 1
 
     if seed is not None:
         one = hypothesis.seed(seed)(one)
     one()
-    return tally
+    return counts
 
 
 def cases_of(targets: dict[str, Target], name: str, total: int) -> int:
@@ -682,53 +693,21 @@ def cases_of(targets: dict[str, Target], name: str, total: int) -> int:
 
 
 KINDS = ("raw RetailRocket", "raw KuaiRand", "truth and simulation", "published tables", "tables, manifest agrees",
-         "tables, manifest differs", "manifest", "catemapper", "replay memory", "baseline", "critics", "state of a run",
-         "books of a control")
+         "tables, manifest differs", "manifest", "catemapper", "replay buffer", "baseline", "critics", "checkpoint",
+         "files of a control")
 
 
-@pytest.fixture(scope="module")
-def tally() -> Iterator[dict[str, Counter[str]]]:
-    """What became of the cases, by kind; printed at the end."""
-    figures: dict[str, Counter[str]] = {}
-    yield figures
-    COUNTS.append(report(figures))
+SEED = int(os.environ.get("RMTL_SEED", "2022"))
 
 
-def report(figures: dict[str, Counter[str]]) -> str:
-    def line(counts: Counter[str]) -> str:
-        return (f"{sum(counts.values()):,} cases: {counts['loaded']:,} loaded, {counts['loaded with repairs']:,} with "
-                f"repairs, {counts['refused']:,} refused")
-
-    total: Counter[str] = sum((counts for counts in figures.values()), Counter())
-    failed = f"{KINDS_FAILED[0]} kinds failed" if KINDS_FAILED[0] else "0 failures"
-    return "\n".join([*(f"  {name}: {line(counts)}" for name, counts in figures.items()),
-                      f"fuzz: {line(total)}, {failed} (seed {SEED if SEED is not None else 'fixed'})"])
-
-
-KINDS_FAILED = [0]
-SEED: int | None = None
-
-
-def judge_kind(targets: dict[str, Target], name: str, total: int, seed: int | None,
-               tally: dict[str, Counter[str]]) -> None:
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("total", "seed"), [(QUICK_CASES, None), pytest.param(10_000, SEED, marks=pytest.mark.stress)])
+def test_corrupt_files_load_correctly_or_are_refused(targets: dict[str, Target], name: str, total: int,
+                                                     seed: int | None) -> None:
     assert tuple(targets) == KINDS
-    try:
-        tally[name] = fuzz(targets[name], cases_of(targets, name, total), seed)
-    except BaseException:
-        KINDS_FAILED[0] += 1
-        raise
-    assert sum(tally[name].values()) >= cases_of(targets, name, total)
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_damaged_files_load_as_they_read_or_are_refused(targets: dict[str, Target], name: str,
-                                                        tally: dict[str, Counter[str]]) -> None:
-    judge_kind(targets, name, 500, None, tally)
-
-
-@pytest.mark.torture
-@pytest.mark.parametrize("name", KINDS)
-def test_ten_thousand_damaged_files(targets: dict[str, Target], name: str, tally: dict[str, Counter[str]]) -> None:
-    global SEED
-    SEED = int(os.environ.get("RMTL_SEED", "2022"))
-    judge_kind(targets, name, 10_000, SEED, tally)
+    cases = cases_of(targets, name, total)
+    counts = fuzz(targets[name], cases, seed)
+    assert sum(counts.values()) >= cases
+    SUMMARY_LINES.append(
+        f"corrupt files, {name}: {sum(counts.values()):,} cases: {counts['loaded']:,} loaded, "
+        f"{counts['loaded with repairs']:,} with repairs, {counts['refused']:,} refused (seed {seed or 'fixed'})")

@@ -99,7 +99,7 @@ def test_a_program_that_is_stopped_says_in_one_line_how_to_go_on(shop: Path, sen
         process.send_signal(sent)
         said = process.communicate()[1]
     assert process.returncode == code
-    found = re.fullmatch(r"stopped: .*; to go on: python3 (\S*SLmain.py .*)\n", said)
+    found = re.fullmatch(r"interrupted; resume with: python3 (\S*SLmain.py .*)\n", said)
     assert found, said
     quoted = " ".join(typed[:-1])
     assert found[1].endswith(f"{quoted} '--save_dir=chkpt/a b' --resume")
@@ -128,7 +128,7 @@ def test_a_program_without_resume_is_to_be_run_again(capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit) as stopped:
         files.cli_entry_point(main)()
     assert stopped.value.code == 130
-    assert capsys.readouterr().err.endswith("; to go on: python3 -m dataset.prepare --raw raw --out new\n")
+    assert capsys.readouterr().err.endswith("interrupted; resume with: python3 -m dataset.prepare --raw raw --out new\n")
 
 
 def test_an_interruption_that_a_library_turns_into_an_error_is_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,7 +142,7 @@ def test_an_interruption_that_a_library_turns_into_an_error_is_one(capsys: pytes
     with pytest.raises(SystemExit) as stopped:
         files.cli_entry_point(main)()
     assert stopped.value.code == 143
-    assert capsys.readouterr().err.startswith("stopped: ")
+    assert capsys.readouterr().err.startswith("interrupted; ")
 
 
 def test_what_the_dead_had_begun_is_removed_and_what_the_living_write_is_not(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_full_disk_is_one_line_and_spares_what_was_there(disk: Path, finished:
     assert len(told) >= trials // 2
     for text in told:
         assert "\n" not in text
-        assert re.search(r": cannot be written: No space left on device$", text), text
+        assert re.search(r": cannot write: No space left on device$", text), text
     COUNTS.append(f"full disk: {name} {len(told)} of {len(told)} refusals in one line, with what was there intact")
 
 
@@ -262,7 +262,7 @@ def test_a_full_disk_is_one_line_and_spares_what_was_there(disk: Path, finished:
 def test_a_folder_that_is_read_only_is_one_line(disk: Path, name: str) -> None:
     before = snapshot(disk)
     subprocess.run(["mount", "-o", "remount,ro", str(disk.parent)], check=True)
-    assert re.search(r": cannot be written: Read-only file system$", complaint(PROGRAMS[name]))
+    assert re.search(r": cannot write: Read-only file system$", complaint(PROGRAMS[name]))
     assert snapshot(disk) == before
 
 
@@ -285,7 +285,7 @@ def test_a_folder_in_the_way_of_a_file_is_found_before_the_run(shop: Path, name:
     (Path(path) / "inside" / "mine.txt").write_text("mine")
     before = snapshot(shop)
     text = complaint(PROGRAMS[name])
-    assert text.startswith(f"{path}: cannot be written: "), text
+    assert text.startswith(f"{path}: cannot write: "), text
     assert snapshot(shop) == before
 
 
@@ -309,10 +309,10 @@ def test_the_second_run_into_a_folder_is_refused_and_told_of_the_first(shop: Pat
             assert first.poll() is None
         second = run(shop, "SLmain.py", *flags(SL))
         assert second.returncode == 2
-        assert re.fullmatch(rf"error: chkpt/SL/rt_esmm: process {first.pid}, started \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d "
-                            r"\(python3 .*SLmain.py .*\), is writing there: .*\n", second.stderr), second.stderr
+        assert re.fullmatch(rf"error: chkpt/SL/rt_esmm: locked by process {first.pid} \(started \d{{4}}-\d\d-\d\d "
+                            r"\d\d:\d\d:\d\d: python3 .*SLmain.py .*\): .*\n", second.stderr), second.stderr
         other = complaint(lambda: SLmain.main(**SL, save_dir="elsewhere"))
-        assert other.startswith(f"pretrain/rt_esmm.pt: process {first.pid}, ")
+        assert other.startswith(f"pretrain/rt_esmm.pt: locked by process {first.pid} ")
     finally:
         first.kill()
         first.communicate()
@@ -327,7 +327,7 @@ def test_the_second_run_into_a_folder_is_refused_and_told_of_the_first(shop: Pat
 def test_every_program_is_alone_where_it_writes(shop: Path, name: str, place: str) -> None:
     before = snapshot(shop)
     with exclusive_lock(Path(place)):
-        assert complaint(PROGRAMS[name]).startswith(f"{place}: process {os.getpid()}, started ")
+        assert complaint(PROGRAMS[name]).startswith(f"{place}: locked by process {os.getpid()} (started ")
     if place != "pretrain/memory.npz":  # which is filled when the run has begun
         assert snapshot(shop) == before
 
@@ -342,7 +342,8 @@ def test_a_lock_of_a_dead_process_whose_id_is_in_use_again_stops_nobody(tmp_path
 HOLD = """
 import sys, time
 from pathlib import Path
-from dataset.files import UserError, exclusive_lock
+from common.errors import UserError
+from common.fileio import exclusive_lock
 got = 0
 end = time.time() + 3
 while time.time() < end:
@@ -353,7 +354,7 @@ while time.time() < end:
             mark.rmdir()
             got += 1
     except UserError as error:
-        assert "is writing there" in str(error), error
+        assert "locked by" in str(error), error
 print(got)
 """
 

@@ -1,12 +1,10 @@
-"""KuaiRand's raw layout to MDP tables; and the page that shows how to bring one's own log."""
+"""KuaiRand's raw layout to MDP tables, and history features of users."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, complaint, run
+from conftest import REPOSITORY, run_in_process, user_error_message
 
 from common.fileio import sha256
+from dataset.features import NUMERICAL_FEATURES
 from dataset.kuairand import USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
 from dataset.rtrl import load_splits
@@ -28,7 +27,7 @@ ROWS, USERS, VIDEOS = 3000, 60, 40
 
 
 def raw_log(folder: Path, seed: int = 1) -> pd.DataFrame:
-    """A small raw log of KuaiRand's layout, with repeated rows and users and videos that no table lists."""
+    """A small raw log in KuaiRand's layout, with duplicate rows, and users and videos that no table lists."""
     rng = np.random.default_rng(seed)
     time = np.sort(rng.integers(1_650_000_000_000, 1_650_500_000_000, ROWS))
     log = pd.DataFrame({
@@ -38,10 +37,10 @@ def raw_log(folder: Path, seed: int = 1) -> pd.DataFrame:
         "play_time_ms": rng.integers(0, 60_000, ROWS), "duration_ms": 9000, "tab": rng.integers(0, 5, ROWS)})
     log[["is_click", "long_view"]] = log[["is_click", "long_view"]].astype(int)
     folder.mkdir(parents=True)
-    whole = pd.concat([log, log.sample(60, random_state=seed).assign(play_time_ms=0)])
-    whole.iloc[:2000].to_csv(folder / "log_standard_4_08_to_4_21_1k.csv", index=False)
-    whole.iloc[2000:].to_csv(folder / "log_standard_4_22_to_5_08_1k_part1.csv", index=False)
-    whole.head(50).assign(user_id=99).to_csv(folder / "log_random_4_22_to_5_08_1k.csv", index=False)
+    raw = pd.concat([log, log.sample(60, random_state=seed).assign(play_time_ms=0)])
+    raw.iloc[:2000].to_csv(folder / "log_standard_4_08_to_4_21_1k.csv", index=False)
+    raw.iloc[2000:].to_csv(folder / "log_standard_4_22_to_5_08_1k_part1.csv", index=False)
+    raw.head(50).assign(user_id=99).to_csv(folder / "log_random_4_22_to_5_08_1k.csv", index=False)
     (folder / "video_features_statistic_1k.csv").write_text("video_id,show_cnt\n0,7\n")
     users = pd.DataFrame({"user_id": range(USERS - 5), "follow_user_num": 3,
                           **{name: rng.integers(-124, 3, USERS - 5) for name in USER_FIELDS}}).astype(object)
@@ -65,13 +64,13 @@ def kr(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, Path]:
     return log, folder / "dataset" / "kr"
 
 
-def test_every_row_is_there_once_with_its_labels_and_times(kr: tuple[pd.DataFrame, Path]) -> None:
+def test_rows_have_their_labels_and_times(kr: tuple[pd.DataFrame, Path]) -> None:
     log, folder = kr
-    got = pd.concat(pd.read_csv(folder / f"{name}.csv") for name in SPLITS)
+    rows = pd.concat(pd.read_csv(folder / f"{name}.csv") for name in SPLITS)
     keys = ["timestamp", "userid", "itemid"]
-    wanted = log.rename(columns={"time_ms": "timestamp", "user_id": "userid", "video_id": "itemid"})
-    both = got.merge(wanted, on=keys, validate="one_to_one", suffixes=("", "_raw"))
-    assert len(both) == len(got) == len(log)
+    expected = log.rename(columns={"time_ms": "timestamp", "user_id": "userid", "video_id": "itemid"})
+    both = rows.merge(expected, on=keys, validate="one_to_one", suffixes=("", "_raw"))
+    assert len(both) == len(rows) == len(log)
     np.testing.assert_array_equal(both["click"], both["is_click"])
     np.testing.assert_array_equal(both["long_view"], both["is_click"] & both["long_view_raw"])
     np.testing.assert_array_equal(both["tab"], both["tab_raw"])
@@ -92,39 +91,39 @@ def test_splits_are_cut_by_time_and_share_no_session(kr: tuple[pd.DataFrame, Pat
 
 
 def by_row(folder: Path) -> pd.DataFrame:
-    """All rows in order of time, with the numeric features that their data sets give them."""
+    """All rows in order of time, with their numerical features."""
     splits = load_splits(folder)
     parts = []
     for name, split in zip(SPLITS, (splits.train, splits.val, splits.test), strict=True):
         table = pd.read_csv(folder / f"{name}.csv")
-        place = pd.MultiIndex.from_arrays([split.session, split.timestamp])
-        at = place.get_indexer(pd.MultiIndex.from_frame(table[["sessionid", "timestamp"]]))
-        parts.append(table.assign(**dict(zip(NUMERICAL, split.numerical[at].T, strict=True))))
+        index = pd.MultiIndex.from_arrays([split.session, split.timestamp])
+        order = index.get_indexer(pd.MultiIndex.from_frame(table[["sessionid", "timestamp"]]))
+        parts.append(table.assign(**dict(zip(NUMERICAL_FEATURES, split.numerical[order].T, strict=True))))
     return pd.concat(parts, ignore_index=True).sort_values("timestamp", kind="stable", ignore_index=True)
 
 
-def test_numbers_look_back_over_all_that_the_user_did_and_that_was_known(kr: tuple[pd.DataFrame, Path]) -> None:
-    """Across sessions and splits, row by row as the definition says; a long view is known when the watching ended."""
+def test_features_cover_the_user_s_known_history(kr: tuple[pd.DataFrame, Path]) -> None:
+    """Across sessions and splits, by the definition; a long view is known at the end of its play time."""
     rows = by_row(kr[1])
     chosen = np.random.default_rng(3).permutation(np.flatnonzero(rows["timestamp"] > rows["timestamp"].quantile(0.55)))
-    crossed = 0
+    num_crossing = 0
     for number in chosen[:300]:
         row = rows.iloc[number]
         past = rows.iloc[:number].query("userid == @row.userid")
-        crossed += bool((past["sessionid"] != row["sessionid"]).any())
+        num_crossing += bool((past["sessionid"] != row["sessionid"]).any())
         known = [(past[f"{label}_time"] < row["timestamp"]).to_numpy() for label in ("click", "long_view")]
         last = past["timestamp"].iloc[-1] if len(past) else row["timestamp"]
-        expected = [np.log1p(len(past)), *(one.sum() / (len(past) + 1) for one in known),
-                    *(float(one[-1]) if len(one) else 0.0 for one in known),
+        expected = [np.log1p(len(past)), *(outcomes.sum() / (len(past) + 1) for outcomes in known),
+                    *(float(outcomes[-1]) if len(outcomes) else 0.0 for outcomes in known),
                     np.log1p((row["timestamp"] - last) / 1000) / 10]
-        assert row[list(NUMERICAL)].tolist() == pytest.approx(expected, abs=1e-5)
-    assert crossed > 100
+        assert row[list(NUMERICAL_FEATURES)].tolist() == pytest.approx(expected, abs=1e-5)
+    assert num_crossing > 100
 
 
 @pytest.mark.parametrize("change", [{"click": 0, "click_time": np.nan, "long_view": 0, "long_view_time": np.nan},
                                     {"itemid": 1}], ids=["its own labels", "its item"])
-def test_numbers_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Path, change: dict[str, Any]) -> None:
-    """Whatever happens from one moment on changes no number of the rows up to it."""
+def test_features_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Path, change: dict[str, Any]) -> None:
+    """Changes from one moment on leave the features of the rows up to it unchanged."""
     shutil.copytree(kr[1], tmp_path / "kr")
     before = by_row(tmp_path / "kr")
     val = pd.read_csv(tmp_path / "kr" / "val.csv").sort_values("timestamp")
@@ -140,20 +139,20 @@ def test_numbers_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Path
     (tmp_path / "kr" / "manifest.json").write_text(json.dumps(manifest))
     after = by_row(tmp_path / "kr")
     same = (before["timestamp"] <= moment).to_numpy()
-    np.testing.assert_array_equal(before.loc[same, list(NUMERICAL)], after.loc[same, list(NUMERICAL)])
+    np.testing.assert_array_equal(before.loc[same, list(NUMERICAL_FEATURES)], after.loc[same, list(NUMERICAL_FEATURES)])
     if "click" in change:
         assert (before.loc[~same, "click_rate"] > after.loc[~same, "click_rate"]).any()
 
 
-def test_a_history_by_something_else_than_a_key_is_refused(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
+def test_a_history_key_must_be_a_key(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     shutil.copytree(kr[1], tmp_path / "kr")
     manifest = json.loads((tmp_path / "kr" / "manifest.json").read_text())
-    for wrong in ("tab", 7):
-        (tmp_path / "kr" / "manifest.json").write_text(json.dumps({**manifest, "history": wrong}))
-        assert "'history' is the key" in complaint(lambda: load_splits(tmp_path / "kr"))
+    for history in ("tab", 7):
+        (tmp_path / "kr" / "manifest.json").write_text(json.dumps({**manifest, "history": history}))
+        assert "'history' is the key" in user_error_message(lambda: load_splits(tmp_path / "kr"))
 
 
-def test_users_and_videos_bring_their_fields(kr: tuple[pd.DataFrame, Path]) -> None:
+def test_users_and_videos_have_their_fields(kr: tuple[pd.DataFrame, Path]) -> None:
     manifest = json.loads((kr[1] / "manifest.json").read_text())
     splits = load_splits(kr[1])
     assert list(splits.train.fields) == manifest["categorical"]
@@ -167,22 +166,22 @@ def test_users_and_videos_bring_their_fields(kr: tuple[pd.DataFrame, Path]) -> N
         assert values.tolist() == videos.loc[table["itemid"].astype(str), name].tolist()
     assert videos.loc["2", "tag"] == "20,43"
     assert videos.loc[["4", "6"], "video_duration"].tolist() == ["", "16"]
-    assert (videos.loc["37"].drop("video_id") == "").all(), "a video that the table does not list"
+    assert (videos.loc["37"].drop("video_id") == "").all(), "a video that is missing from the table"
     mapper = encode_splits(splits, 0.5)
     assert len(mapper.field_dims) == splits.train.categorical.shape[1] == len(manifest["categorical"])
 
 
-def test_what_leaks_or_is_another_policys_is_not_read(kr: tuple[pd.DataFrame, Path]) -> None:
+def test_leaking_files_are_not_read(kr: tuple[pd.DataFrame, Path]) -> None:
     manifest = json.loads((kr[1] / "manifest.json").read_text())
     assert not [name for name in manifest["inputs"] if "random" in name or "statistic" in name]
     assert len(manifest["inputs"]) == 4
-    row_counts = dict(map(tuple, manifest["account"]))
+    row_counts = dict(map(tuple, manifest["row_counts"]))
     assert row_counts["rows read"] == ROWS + 60
-    assert row_counts["dropped: same user, video and time as another"] == 60
+    assert row_counts["dropped: duplicate user, video and time"] == 60
     assert row_counts["kept: rows"] == ROWS
 
 
-def test_sessions_end_at_gaps_and_short_ones_can_be_dropped(tmp_path: Path) -> None:
+def test_session_gap_and_minimum_session_length(tmp_path: Path) -> None:
     raw_log(tmp_path / "raw")
     prepare(tmp_path / "raw", tmp_path / "kr", session_gap=5, min_session=2, source="kuairand")
     for name in SPLITS:
@@ -192,29 +191,29 @@ def test_sessions_end_at_gaps_and_short_ones_can_be_dropped(tmp_path: Path) -> N
         assert split.groupby("sessionid").size().min() == 2
 
 
-@pytest.mark.parametrize(("name", "told"), [("log_standard", "log_standard_*.csv"), ("user_features", "user_features"),
+@pytest.mark.parametrize(("name", "shown"), [("log_standard", "log_standard_*.csv"), ("user_features", "user_features"),
                                             ("video_features_basic", "video_features_basic")])
-def test_a_missing_file_is_named(tmp_path: Path, name: str, told: str) -> None:
+def test_a_missing_file_is_named(tmp_path: Path, name: str, shown: str) -> None:
     raw_log(tmp_path / "raw")
     for path in (tmp_path / "raw").glob(f"{name}*"):
         path.unlink()
-    assert told in complaint(lambda: prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand"))
+    assert shown in user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand"))
     assert not (tmp_path / "kr").exists()
 
 
-def test_a_bad_cell_is_named(tmp_path: Path) -> None:
+def test_an_invalid_cell_is_named(tmp_path: Path) -> None:
     raw_log(tmp_path / "raw")
     path = tmp_path / "raw" / "log_standard_4_08_to_4_21_1k.csv"
     table = pd.read_csv(path, dtype=str)
     table.loc[7, "is_click"] = "2"
     table.to_csv(path, index=False)
-    text = complaint(lambda: prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand"))
+    text = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand"))
     assert str(path) in text
     assert "is_click" in text
     assert re.search(r"(line|row) (8|9)", text)
 
 
-def test_a_value_has_one_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_are_normalized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     raw_log(tmp_path / "raw")
     path = tmp_path / "raw" / "user_features_1k.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -223,15 +222,15 @@ def test_a_value_has_one_spelling(tmp_path: Path, capsys: pytest.CaptureFixture[
     prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand")
     users = pd.read_csv(tmp_path / "kr" / "user_feadf.csv", dtype=str, keep_default_na=False)
     assert list(users["onehot_feat7"][:8]) == ["1", "1", "1", "1.5", "-124", "", "1.0.0", "2"]
-    row_counts = json.loads((tmp_path / "kr" / "manifest.json").read_text())["account"]
-    assert ["values written without blanks around them, or as 12 for 12.0", 3] in row_counts
+    row_counts = json.loads((tmp_path / "kr" / "manifest.json").read_text())["row_counts"]
+    assert ["normalized values: whitespace stripped, 12 for 12.0", 3] in row_counts
     capsys.readouterr()
     load_splits(tmp_path / "kr")
     assert "repaired" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("duration", ["inf", "-5", "1e300", "long"])
-def test_a_duration_that_cannot_be_is_left_empty_and_counted(tmp_path: Path, duration: str) -> None:
+def test_an_invalid_duration_is_empty_and_counted(tmp_path: Path, duration: str) -> None:
     raw_log(tmp_path / "raw")
     path = tmp_path / "raw" / "video_features_basic_1k.csv"
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -240,27 +239,27 @@ def test_a_duration_that_cannot_be_is_left_empty_and_counted(tmp_path: Path, dur
     prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand")
     items = pd.read_csv(tmp_path / "kr" / "item_feadf.csv", dtype=str, keep_default_na=False).set_index("itemid")
     assert items.loc[table.loc[9, "video_id"], "video_duration"] == ""
-    row_counts = dict(json.loads((tmp_path / "kr" / "manifest.json").read_text())["account"])
-    assert row_counts["video_duration that is no number of 0 or more: left empty"] == 1
+    row_counts = dict(json.loads((tmp_path / "kr" / "manifest.json").read_text())["row_counts"])
+    assert row_counts["invalid video_duration (not a number, negative or over a year): empty"] == 1
 
 
-def test_an_unknown_source_is_refused_with_the_list(tmp_path: Path) -> None:
-    assert "retailrocket, kuairand" in complaint(lambda: prepare(tmp_path, tmp_path / "x", source="movielens"))
+def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
+    assert "retailrocket, kuairand" in user_error_message(lambda: prepare(tmp_path, tmp_path / "x", source="movielens"))
 
 
-def test_all_three_commands_run_on_it(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
+def test_all_programs_run_on_kuairand(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "kr").symlink_to(kr[1])
-    small = ("--dataset_name=kr", "--embed_dim=8", "--epoch=1")
+    small = ("--dataset_name=kr", "--embed_dim=4", "--epoch=1", "--bottom_mlp_dims=8", "--tower_mlp_dims=4")
     for program, *flags in (("SLmain.py", "--model_name=esmm"),
                             ("RLmain.py", "--epoch_updates=5", "--init_episode=5", "--memory_path=pretrain/kr.npz"),
                             ("SLmain.py", "--model_name=esmm", "--polish=1")):
-        done = run(tmp_path, program, *small, *flags)
-        assert done.returncode == 0, done.stderr
+        result = run_in_process(tmp_path, program, *small, *flags)
+        assert result.returncode == 0, result.stderr
     assert (tmp_path / "chkpt" / "SL" / "kr_esmm" / "kr_esmm_1.0.pt").exists()
 
 
-@pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is not here")
+@pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is absent")
 def test_the_real_sample(tmp_path: Path) -> None:
     prepare(SAMPLE, tmp_path / "kr", source="kuairand")
     splits = load_splits(tmp_path / "kr")
@@ -268,34 +267,3 @@ def test_the_real_sample(tmp_path: Path) -> None:
     assert 90_000 < sum(rows) < 94_784
     np.testing.assert_allclose(np.array(rows) / sum(rows), [0.6, 0.2, 0.2], atol=0.001)
     assert (splits.train.labels[:, 1] <= splits.train.labels[:, 0]).all()
-
-
-# --------------------------------------------------------------------------------------------------------- own data
-
-
-def test_the_page_on_ones_own_log_can_be_followed(tmp_path: Path) -> None:
-    page = (REPOSITORY / "docs" / "custom-dataset.md").read_text(encoding="utf-8")
-    (program,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    commands = re.findall(r"^    python3 (.*)$", page, re.MULTILINE)
-    assert len(commands) == 4
-    rng, rows = np.random.default_rng(1), 2000
-    played = rng.random(rows) < 0.3
-    log = pd.DataFrame({"ms": np.sort(rng.integers(0, 10**9, rows)), "listener": rng.integers(0, 50, rows),
-                        "song": rng.integers(0, 30, rows), "place": rng.choice(["radio", "search"], rows)})
-    log["played_ms"] = (log["ms"] + 500).where(played).astype("Int64")
-    log["bought_ms"] = (log["ms"] + 900).where(played & (rng.random(rows) < 0.4)).astype("Int64")
-    log.to_csv(tmp_path / "songs.csv", index=False)
-    pd.DataFrame({"song": range(25), "genre": rng.integers(0, 4, 25), "label": rng.integers(0, 9, 25)}).to_csv(
-        tmp_path / "genres.csv", index=False)
-    (tmp_path / "songs.py").write_text(program)
-    done = subprocess.run([sys.executable, "songs.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
-                          check=False)
-    assert done.returncode == 0, done.stderr
-    splits = load_splits(tmp_path / "dataset" / "songs")
-    assert sum(map(len, (splits.train, splits.val, splits.test))) == rows
-    assert set(splits.train.fields) == {"place", "genre", "label"}
-    for command in commands[1:]:
-        program, *flags = command.split()
-        extra = ["--epoch_updates=5", "--init_episode=5"] if program == "RLmain.py" else []
-        done = run(tmp_path, program, *flags, *extra, "--embed_dim=8", "--epoch=1")
-        assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Raw logs to MDP tables: a log worked out by hand, an independent slow reference, and what is refused."""
+"""Raw RetailRocket logs to MDP tables: a log by hand, a slow reference, properties of the output, errors."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPOSITORY, complaint, run, snapshot
+from conftest import REPOSITORY, read_tree, run_in_process, user_error_message
 from hypothesis import assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from reference_reader import EVENT_ORDER as EVENT_TYPES
+from reference_reader import EventRow, prepare_rows, read_prepared_rows
 
 from common.errors import UserError
 from dataset.prepare import prepare
@@ -22,24 +24,22 @@ from dataset.retailrocket import PROPERTIES
 from dataset.tables import SPLITS
 
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "retailrocket-mini"
-KINDS = ("view", "addtocart", "transaction")
 EVENT_COLUMNS = ["timestamp", "visitorid", "event", "itemid", "transactionid"]
 PROPERTY_COLUMNS = ["timestamp", "itemid", "property", "value"]
 
-EventRow = tuple[int, int, str, int, Any]
 PropertyRow = tuple[int, int, str, str]
 
-# -------------------------------------------------------------------------------------------- a log worked out by hand
+# ------------------------------------------------------------------------------------------------------- a log by hand
 
 EVENTS: list[EventRow] = [
-    # Visitor 1 carts item 10 and buys it long after, when validation has begun already.
+    # Visitor 1 carts item 10 and buys it long after, during validation.
     (1000, 1, "view", 10, ""), (2000, 1, "view", 11, ""), (3000, 1, "addtocart", 10, ""),
     (5000, 1, "transaction", 10, 77),
-    # Visitor 2 looks twice at item 12; one event stands there twice, cell for cell.
+    # Visitor 2 views item 12 again; one event is a duplicate.
     (1500, 2, "view", 12, ""), (1600, 2, "view", 12, ""), (1700, 2, "view", 10, ""), (1700, 2, "view", 10, ""),
-    # Visitor 3 never meets a second item: no transition, no episode.
+    # Visitor 3 never views a second item: no transition, no episode.
     (1800, 3, "view", 10, ""), (1900, 3, "view", 10, ""),
-    # Visitor 4 carts item 13 before looking at it, and buys item 12 unseen.
+    # Visitor 4 carts item 13 before viewing it, and buys item 12 without a view.
     (2400, 4, "addtocart", 13, ""), (2500, 4, "view", 13, ""), (2600, 4, "transaction", 12, 78),
     # Visitor 5 opens validation at 4000; visitor 6 is the test split, and buys item 15 in two transactions at once.
     (4000, 5, "view", 11, ""), (9000, 5, "view", 14, ""),
@@ -54,27 +54,27 @@ ROWS = {  # timestamp, sessionid, itemid, pay, click, click_time, pay_time
     "test": ["6000,6,15,1,1,6100,6100", "6200,6,12,0,0,,"],
 }
 VALUES: list[PropertyRow] = [
-    (1000, 10, "785", "old"), (4000, 10, "785", "at the boundary"), (4001, 10, "785", "future"),
+    (1000, 10, "785", "old"), (4000, 10, "785", "at the cutoff"), (4001, 10, "785", "future"),
     (500, 11, "categoryid", "7"),
     (500, 12, "available", "1"), (3999, 12, "available", "0"), (500, 12, "888", "not used"),
     (500, 13, "591", "1293 n24.000"),
     (700, 14, "814", "b"), (700, 14, "814", "a"),
-    (500, 99, "785", "nobody met it"),
+    (500, 99, "785", "no session"),
 ]
-ITEMS = ["10,at the boundary,,,,,,", "11,,,,,7,,", "12,,,,0,,,", "13,,1293 n24.000,,,,,", "14,,,b,,,,", "15,,,,,,,"]
-ACCOUNT = [
+ITEMS = ["10,at the cutoff,,,,,,", "11,,,,,7,,", "12,,,,0,,,", "13,,1293 n24.000,,,,,", "14,,,b,,,,", "15,,,,,,,"]
+ROW_COUNTS = [
     ["events read", 19], ["view", 13], ["addtocart", 2], ["transaction", 4],
-    ["dropped: the same in every cell as another", 1],
-    ["dropped: in the 1 sessions of fewer than 2 items", 2],
-    ["merged: later events of an item already met in the session", 6],
-    ["kept: rows, one an item of a session", 10],
+    ["dropped: duplicate events", 1],
+    ["dropped: in 1 sessions of fewer than 2 items", 2],
+    ["merged: later events of an item in its session", 6],
+    ["kept: rows, one per item of a session", 10],
     ["property rows read", 11],
-    ["dropped: of properties that are not used", 1],
-    ["dropped: written after the train/val boundary", 1],
-    ["dropped: of items that no kept session meets", 1],
-    ["dropped: replaced by a later value before the boundary", 3],
+    ["dropped: unused properties", 1],
+    ["dropped: after the cutoff, when validation starts", 1],
+    ["dropped: items without sessions", 1],
+    ["dropped: replaced by a later value before the cutoff", 3],
     ["kept: values of items", 5],
-    ["items met", 6], ["without any known property", 1],
+    ["items with sessions", 6], ["without any known property", 1],
     ["categories in the tree (not used by the tables)", 2], ["categories of items", 1], ["of these not in the tree", 0],
 ]
 
@@ -113,21 +113,21 @@ def manifest_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_rows_worked_out_by_hand(out: Path, split: str) -> None:
+def test_rows_by_hand(out: Path, split: str) -> None:
     header = (out / f"{split}.csv").read_text().splitlines()[0]
     assert header == "timestamp,sessionid,itemid,pay,click,click_time,pay_time"
     assert lines(out / f"{split}.csv") == ROWS[split]
 
 
-def test_the_items_as_they_were_known_at_the_boundary(out: Path) -> None:
+def test_items_by_hand(out: Path) -> None:
     header = (out / "item_feadf.csv").read_text().splitlines()[0]
     assert header == "itemid," + ",".join(PROPERTIES)
     assert lines(out / "item_feadf.csv") == ITEMS
 
 
-def test_the_manifest_says_what_was_done(out: Path) -> None:
+def test_manifest_by_hand(out: Path) -> None:
     manifest = manifest_of(out)
-    assert manifest["account"] == ACCOUNT
+    assert manifest["row_counts"] == ROW_COUNTS
     assert manifest["boundary"] == 4000
     assert manifest["rows"] == {"train": 6, "val": 2, "test": 2}
     assert manifest["settings"] == {"session_gap": 0.0, "min_session": 2}
@@ -136,7 +136,7 @@ def test_the_manifest_says_what_was_done(out: Path) -> None:
     assert set(manifest["outputs"]) == {"train.csv", "val.csv", "test.csv", "item_feadf.csv"}
 
 
-def test_min_session_1_keeps_the_visitor_of_one_item(raw: Path, tmp_path: Path) -> None:
+def test_min_session_1_keeps_a_single_item(raw: Path, tmp_path: Path) -> None:
     prepare(raw, tmp_path / "rt", min_session=1)
     kept = [row for split in SPLITS for row in lines(tmp_path / "rt" / f"{split}.csv")]
     assert "1800,3,10,0,0,," in kept
@@ -144,11 +144,11 @@ def test_min_session_1_keeps_the_visitor_of_one_item(raw: Path, tmp_path: Path) 
 
 
 def test_a_gap_ends_a_session(tmp_path: Path) -> None:
-    """Half an hour exactly is no gap; more is. An item met again in the next session is a new row."""
+    """30 minutes exactly are no gap, more are. An item viewed again in the next session is a new row."""
     minute = 60_000
     views = [(0, 10), (30, 11), (61, 10), (62, 12), (92, 13), (200, 10), (201, 11), (300, 14), (301, 15),
              (400, 12), (402, 13)]
-    events: list[EventRow] = [(at * minute, 1, "view", item, "") for at, item in views]
+    events: list[EventRow] = [(minutes * minute, 1, "view", item, "") for minutes, item in views]
     events += [(205 * minute, 1, "addtocart", 10, "")]
     prepare(write_raw(tmp_path / "raw", events), tmp_path / "rt", session_gap=30)
     table = pd.concat(pd.read_csv(tmp_path / "rt" / f"{split}.csv") for split in SPLITS)
@@ -160,58 +160,8 @@ def test_a_gap_ends_a_session(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the reference
 
 
-class Row(NamedTuple):
-    """A row of the MDP tables."""
-
-    timestamp: int
-    sessionid: int
-    itemid: int
-    pay: int
-    click: int
-    click_time: int | None
-    pay_time: int | None
-
-
-def reference(events: Sequence[EventRow], session_gap: float = 0.0, min_session: int = 2) -> list[list[Row]] | None:
-    """Steps 1 to 5 of `dataset.prepare`, as slowly and reference_reader as can be; None where three splits cannot be cut."""
-    ordered = sorted(set(events), key=lambda e: (e[1], e[0], KINDS.index(e[2]), e[3], e[4] or -1))
-    sessions: list[list[EventRow]] = []
-    for event in ordered:
-        last = sessions[-1][-1] if sessions else None
-        if last is None or last[1] != event[1] or (session_gap and event[0] - last[0] > session_gap * 60_000):
-            sessions.append([])
-        sessions[-1].append(event)
-
-    kept: list[list[Row]] = []
-    for number, session in enumerate(sessions):
-        rows = []
-        for item in dict.fromkeys(event[3] for event in session):
-            own = [event for event in session if event[3] == item]
-            clicks = [event[0] for event in own if event[2] != "view"]
-            buys = [event[0] for event in own if event[2] == "transaction"]
-            rows.append(Row(own[0][0], number if session_gap else own[0][1], item, int(bool(buys)), int(bool(clicks)),
-                            min(clicks, default=None), min(buys, default=None)))
-        if len(rows) >= min_session:
-            kept.append(rows)
-    kept.sort(key=lambda rows: rows[0].timestamp)  # stable: ties by visitor
-
-    total = sum(map(len, kept))
-    split_offsets = []
-    for tenths in (6, 8):  # the first session that begins at or after the share of the rows, else the last one
-        before = [sum(map(len, kept[:n])) for n in range(len(kept))]
-        split_offsets.append(next((n for n, rows in enumerate(before) if 10 * rows >= tenths * total), len(kept) - 1))
-    parts = [kept[: split_offsets[0]], kept[split_offsets[0]: split_offsets[1]], kept[split_offsets[1]:]]
-    return [[row for rows in part for row in rows] for part in parts] if kept and all(parts) else None
-
-
-def read_csv_rows(folder: Path) -> list[list[Row]]:
-    """The rows of train, val and test as they are on disk."""
-    return [[Row(*(int(cell) if cell else None for cell in line.split(",")))  # type: ignore[arg-type]
-             for line in lines(folder / f"{split}.csv")] for split in SPLITS]
-
-
-def test_the_reference_agrees_with_the_hand() -> None:
-    split_rows = reference(EVENTS)
+def test_reference_by_hand() -> None:
+    split_rows = prepare_rows(EVENTS)
     assert split_rows is not None
     for split, rows in zip(SPLITS, split_rows, strict=True):
         assert [",".join("" if cell is None else str(cell) for cell in row) for row in rows] == ROWS[split]
@@ -223,53 +173,54 @@ def events_of(raw: Path) -> list[EventRow]:
     return [tuple(row) for row in table.itertuples(index=False)]  # type: ignore[misc]
 
 
-def test_the_simulated_log_is_prepared_as_by_the_reference(raw_log: Path, rt_tables: Path) -> None:
-    assert read_csv_rows(rt_tables) == reference(events_of(raw_log))
+def test_simulated_log_equals_reference(raw_log: Path, rt_tables: Path) -> None:
+    assert read_prepared_rows(rt_tables) == prepare_rows(events_of(raw_log))
 
 
-def test_the_simulated_log_is_cut_by_gaps_as_by_the_reference(raw_log: Path, tmp_path: Path) -> None:
+def test_session_gaps_equal_reference(raw_log: Path, tmp_path: Path) -> None:
     prepare(raw_log, tmp_path / "rt", session_gap=60, min_session=3)
-    assert read_csv_rows(tmp_path / "rt") == reference(events_of(raw_log), session_gap=60, min_session=3)
+    assert read_prepared_rows(tmp_path / "rt") == prepare_rows(events_of(raw_log), session_gap=60, min_session=3)
 
 
 @given(events=st.lists(st.tuples(st.integers(0, 25).map(lambda step: step * 60_000), st.integers(1, 6),
-                                 st.sampled_from(KINDS), st.integers(10, 14), st.just("")), min_size=8, max_size=60),
+                                 st.sampled_from(EVENT_TYPES), st.integers(10, 14), st.just("")),
+                       min_size=8, max_size=60),
        session_gap=st.sampled_from([0.0, 2.0, 5.0]), min_session=st.integers(1, 3))
-@hypothesis_settings(max_examples=40)
-def test_any_log_is_prepared_as_by_the_reference(tmp_path_factory: pytest.TempPathFactory, events: list[EventRow],
-                                                 session_gap: float, min_session: int) -> None:
+@hypothesis_settings(max_examples=25)
+def test_any_log_equals_reference(tmp_path_factory: pytest.TempPathFactory, events: list[EventRow],
+                                  session_gap: float, min_session: int) -> None:
     """Logs full of ties: the same minute, the same item, the same event."""
-    expected = reference(events, session_gap, min_session)
+    expected = prepare_rows(events, session_gap, min_session)
     folder = tmp_path_factory.mktemp("log")
     raw = write_raw(folder / "raw", events)
     if expected is None:
-        assert "session" in complaint(lambda: prepare(raw, folder / "rt", session_gap, min_session))
+        assert "session" in user_error_message(lambda: prepare(raw, folder / "rt", session_gap, min_session))
         assume(False)
     prepare(raw, folder / "rt", session_gap, min_session)
-    assert read_csv_rows(folder / "rt") == expected
+    assert read_prepared_rows(folder / "rt") == expected
 
 
-# --------------------------------------------------------------------------------------------------- what always holds
+# -------------------------------------------------------------------------------------------------------- properties
 
 
-def assert_account_adds_up(folder: Path) -> None:
-    row_counts = manifest_of(folder)["account"]
-    starts = [number for number, (what, _) in enumerate(row_counts) if what in ("events read", "property rows read")]
+def assert_row_counts_add_up(folder: Path) -> None:
+    row_counts = manifest_of(folder)["row_counts"]
+    starts = [number for number, (label, _) in enumerate(row_counts) if label in ("events read", "property rows read")]
     assert len(starts) == 2
-    ends = [starts[1], next(number for number, (what, _) in enumerate(row_counts) if what == "items met")]
+    ends = [starts[1], next(number for number, (label, _) in enumerate(row_counts) if label == "items with sessions")]
     for start, end in zip(starts, ends, strict=True):
-        parts = [rows for what, rows in row_counts[start + 1:end] if what.startswith(("dropped", "merged", "kept"))]
+        parts = [rows for label, rows in row_counts[start + 1:end] if label.startswith(("dropped", "merged", "kept"))]
         assert row_counts[start][1] == sum(parts)
-    assert sum(rows for what, rows in row_counts if what in KINDS) == row_counts[0][1]
+    assert sum(rows for label, rows in row_counts if label in EVENT_TYPES) == row_counts[0][1]
 
 
-def test_every_raw_row_is_accounted_for(raw_log: Path, rt_tables: Path, out: Path) -> None:
-    assert_account_adds_up(out)
-    assert_account_adds_up(rt_tables)
-    row_counts = dict(manifest_of(rt_tables)["account"])
+def test_row_counts_add_up(raw_log: Path, rt_tables: Path, out: Path) -> None:
+    assert_row_counts_add_up(out)
+    assert_row_counts_add_up(rt_tables)
+    row_counts = dict(manifest_of(rt_tables)["row_counts"])
     assert row_counts["events read"] == len(lines(raw_log / "events.csv"))
     assert row_counts["property rows read"] == sum(len(lines(path)) for path in raw_log.glob("item_properties*.csv"))
-    assert row_counts["kept: rows, one an item of a session"] == sum(len(lines(rt_tables / f"{s}.csv")) for s in SPLITS)
+    assert row_counts["kept: rows, one per item of a session"] == sum(map(len, read_prepared_rows(rt_tables)))
 
 
 @pytest.fixture
@@ -293,7 +244,7 @@ def test_no_session_straddles_a_split(prepared: dict[str, pd.DataFrame]) -> None
     assert len(set.union(*sessions)) == sum(map(len, sessions))
 
 
-def test_splits_follow_each_other_in_time(prepared: dict[str, pd.DataFrame], rt_tables: Path) -> None:
+def test_splits_are_consecutive_in_time(prepared: dict[str, pd.DataFrame], rt_tables: Path) -> None:
     starts = {split: prepared[split].groupby("sessionid")["timestamp"].min() for split in SPLITS}
     assert starts["train"].max() <= starts["val"].min() == manifest_of(rt_tables)["boundary"]
     assert starts["val"].max() <= starts["test"].min()
@@ -305,7 +256,7 @@ def test_splits_are_6_2_2_of_the_rows(prepared: dict[str, pd.DataFrame]) -> None
     assert np.abs(np.cumsum(rows)[:2] - np.array([0.6, 0.8]) * rows.sum()).max() <= longest
 
 
-def test_a_session_is_one_run_of_rows_in_order_of_time(prepared: dict[str, pd.DataFrame]) -> None:
+def test_rows_of_a_session_are_adjacent_and_ordered(prepared: dict[str, pd.DataFrame]) -> None:
     for table in prepared.values():
         changes = int((table["sessionid"] != table["sessionid"].shift()).sum())
         assert changes == table["sessionid"].nunique()
@@ -313,8 +264,8 @@ def test_a_session_is_one_run_of_rows_in_order_of_time(prepared: dict[str, pd.Da
         assert not table.duplicated(["sessionid", "itemid"]).any()
 
 
-def test_nothing_written_after_the_boundary_appears(raw_log: Path, rt_tables: Path) -> None:
-    """Each cell of the item table is the last value known at the boundary, found here with the plainest loop."""
+def test_item_values_are_the_last_before_the_cutoff(raw_log: Path, rt_tables: Path) -> None:
+    """Each cell of the item table is the last value known at the cutoff, found here with a plain loop."""
     train_end_ms = manifest_of(rt_tables)["boundary"]
     known: dict[tuple[str, str], tuple[int, str]] = {}
     for path in raw_log.glob("item_properties*.csv"):
@@ -334,48 +285,46 @@ def test_every_item_of_the_rows_is_in_the_item_table(prepared: dict[str, pd.Data
     assert set(items) == set(pd.concat(prepared.values())["itemid"])
 
 
-def test_the_truth_of_a_simulated_log_stands_beside_its_rows(prepared: dict[str, pd.DataFrame],
-                                                             rt_tables: Path) -> None:
+def test_ground_truth_is_aligned_with_the_rows(prepared: dict[str, pd.DataFrame], rt_tables: Path) -> None:
     keys = ["timestamp", "sessionid", "itemid"]
     truth = pd.read_csv(rt_tables / "truth.csv").rename(columns={"visitorid": "sessionid"})
     pd.testing.assert_frame_equal(truth[keys], pd.concat(prepared.values(), ignore_index=True)[keys])
 
 
-def test_truth_of_another_log_is_refused(raw: Path, tmp_path: Path, raw_log: Path) -> None:
+def test_ground_truth_of_a_different_log(raw: Path, tmp_path: Path, raw_log: Path) -> None:
     shutil.copy(raw_log / "truth.csv", raw)
-    assert "there is no simulation.json" in complaint(lambda: prepare(raw, tmp_path / "rt"))
+    assert "there is no simulation.json" in user_error_message(lambda: prepare(raw, tmp_path / "rt"))
     shutil.copy(raw_log / "simulation.json", raw)
-    assert f"{raw / 'truth.csv'}: " in complaint(lambda: prepare(raw, tmp_path / "rt"))
+    assert f"{raw / 'truth.csv'}: " in user_error_message(lambda: prepare(raw, tmp_path / "rt"))
     assert not (tmp_path / "rt").exists()
 
 
 @pytest.mark.parametrize(("column", "value"), [("p_click", "1.5"), ("p_pay", "-0.1"), ("category", "9999"),
                                                 ("position", "0"), ("intent", "1e300")])
-def test_truth_that_cannot_be_is_named_by_row_and_column(raw_log: Path, tmp_path: Path, column: str,
-                                                         value: str) -> None:
+def test_ground_truth_out_of_range(raw_log: Path, tmp_path: Path, column: str, value: str) -> None:
     shutil.copytree(raw_log, tmp_path / "raw")
     table = pd.read_csv(raw_log / "truth.csv", dtype=str)
     table.loc[4, column] = value
     table.to_csv(tmp_path / "raw" / "truth.csv", index=False)
-    text = complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    text = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
     assert text.startswith(f"{tmp_path / 'raw' / 'truth.csv'}, row 5 (about line 6), column '{column}': ")
 
 
-def test_truth_that_stands_there_twice_is_refused(raw_log: Path, tmp_path: Path) -> None:
+def test_duplicate_ground_truth_is_refused(raw_log: Path, tmp_path: Path) -> None:
     shutil.copytree(raw_log, tmp_path / "raw")
     path = tmp_path / "raw" / "truth.csv"
-    lines_ = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines_, lines_[1]]))
-    assert f"{path}, row {len(lines_)} " in complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*rows, rows[1]]))
+    assert f"{path}, row {len(rows)} " in user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
 
 
 @pytest.mark.parametrize("changed", [{"items": "600"}, {"items": None}, {"events": 1.5}, {"seed": -1}, {"seed": True},
                                      {"items": 10**12}], ids=str)
-def test_a_simulation_of_no_possible_size_is_refused(raw_log: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_an_invalid_simulation_config_is_refused(raw_log: Path, tmp_path: Path, changed: dict[str, Any]) -> None:
     shutil.copytree(raw_log, tmp_path / "raw")
     path = tmp_path / "raw" / "simulation.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-    assert complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt")).startswith(f"{path}: ")
+    assert user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt")).startswith(f"{path}: ")
 
 
 def test_the_order_of_the_raw_rows_does_not_matter(raw_log: Path, rt_tables: Path, tmp_path: Path) -> None:
@@ -383,45 +332,45 @@ def test_the_order_of_the_raw_rows_does_not_matter(raw_log: Path, rt_tables: Pat
     rng = np.random.default_rng(0)
     for path in shuffled.glob("*.csv"):
         head, *rows = path.read_text().splitlines(keepends=True)
-        path.write_text(head + "".join(rows[at] for at in rng.permutation(len(rows))))
+        path.write_text(head + "".join(rows[index] for index in rng.permutation(len(rows))))
     parts = [shuffled / f"item_properties_part{part}.csv" for part in (1, 2)]
-    one, two = (path.read_text() for path in parts)
-    parts[0].write_text(two)
-    parts[1].write_text(one)
+    contents = [path.read_text() for path in parts]
+    for path, content in zip(parts, reversed(contents), strict=True):
+        path.write_text(content)
     prepare(shuffled, tmp_path / "rt")
-    expected, got = snapshot(rt_tables), snapshot(tmp_path / "rt")
+    expected, tables = read_tree(rt_tables), read_tree(tmp_path / "rt")
     for name in ("train.csv", "val.csv", "test.csv", "item_feadf.csv", "truth.csv"):
-        assert got[name] == expected[name], name
+        assert tables[name] == expected[name], name
     assert manifest_of(tmp_path / "rt")["outputs"] == manifest_of(rt_tables)["outputs"]
 
 
 def test_the_same_log_gives_the_same_bytes(raw_log: Path, rt_tables: Path, tmp_path: Path) -> None:
     prepare(raw_log, tmp_path / "rt")
-    assert snapshot(tmp_path / "rt") == snapshot(rt_tables)
+    assert read_tree(tmp_path / "rt") == read_tree(rt_tables)
 
 
-def test_compressed_files_are_taken(raw: Path, out: Path, tmp_path: Path) -> None:
+def test_compressed_files_are_read(raw: Path, out: Path, tmp_path: Path) -> None:
     for path in list(raw.glob("*.csv")):
         pd.read_csv(path, dtype=str, keep_default_na=False).to_csv(f"{path}.gz", index=False)
         path.unlink()
     prepare(raw, tmp_path / "from_gz")
-    tables = {name: content for name, content in snapshot(out).items() if name != "manifest.json"}
-    assert {name: content for name, content in snapshot(tmp_path / "from_gz").items() if name in tables} == tables
+    tables = {name: content for name, content in read_tree(out).items() if name != "manifest.json"}
+    assert {name: content for name, content in read_tree(tmp_path / "from_gz").items() if name in tables} == tables
 
 
-# ----------------------------------------------------------------------------------------------------- what is refused
+# -------------------------------------------------------------------------------------------------------------- errors
 
 
-def test_an_existing_folder_is_refused_and_left_alone(raw: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_kept(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "rt").mkdir()
     (tmp_path / "rt" / "train.csv").write_text("mine")
-    assert f"{tmp_path / 'rt'} exists already" in complaint(lambda: prepare(raw, tmp_path / "rt"))
-    assert snapshot(tmp_path / "rt") == {"train.csv": b"mine"}
+    assert f"{tmp_path / 'rt'} exists already" in user_error_message(lambda: prepare(raw, tmp_path / "rt"))
+    assert read_tree(tmp_path / "rt") == {"train.csv": b"mine"}
 
 
-def test_a_file_in_the_way_of_out_is_one_line(raw: Path, tmp_path: Path) -> None:
+def test_a_file_as_parent_of_the_output(raw: Path, tmp_path: Path) -> None:
     (tmp_path / "dataset").write_text("a file")
-    assert str(tmp_path / "dataset") in complaint(lambda: prepare(raw, tmp_path / "dataset" / "rt"))
+    assert str(tmp_path / "dataset") in user_error_message(lambda: prepare(raw, tmp_path / "dataset" / "rt"))
 
 
 @pytest.mark.parametrize(("file", "content", "where"), [
@@ -431,78 +380,78 @@ def test_a_file_in_the_way_of_out_is_one_line(raw: Path, tmp_path: Path) -> None
     ("events.csv", "timestamp,visitorid,event,itemid,transactionid\n1,2,view,,\n", "line 2, column 'itemid'"),
     ("events.csv", "timestamp,visitor,event,itemid,transactionid\n1,2,view,3,\n", "is 'visitor' misspelt?"),
     ("events.csv", "timestamp,visitorid,event,itemid,transactionid\n", "no rows"),
-    ("events.csv", "timestamp,visitorid,event,itemid,transactionid\n1,2,view,3,\n2,2,view,4,\n", "the 1 sessions"),
+    ("events.csv", "timestamp,visitorid,event,itemid,transactionid\n1,2,view,3,\n2,2,view,4,\n", "1 sessions (2 rows)"),
     ("events.csv", "timestamp,visitorid,event,itemid,transactionid\n1,2,view,3,\n", "no session has 2 items"),
     ("item_properties_part2.csv", "timestamp,itemid,property,value\n1,2,785,x\nsoon,2,785,x\n",
      "line 3, column 'timestamp'"),
     ("item_properties_part2.csv", "timestamp,itemid,property\n1,2,785\n", "column 'value' is missing"),
     ("category_tree.csv", "categoryid,parentid\nshoes,1\n", "line 2, column 'categoryid'"),
 ])
-def test_a_bad_raw_file_is_named_and_nothing_is_written(raw: Path, tmp_path: Path, file: str, content: str | None,
-                                                        where: str) -> None:
+def test_an_invalid_raw_file_is_named(raw: Path, tmp_path: Path, file: str, content: str | None, where: str) -> None:
     if content is None:
         (raw / file).unlink()
     else:
         (raw / file).write_text(content)
-    text = complaint(lambda: prepare(raw, tmp_path / "rt"))
+    text = user_error_message(lambda: prepare(raw, tmp_path / "rt"))
     assert where in text
     if "session" not in where:
         assert text.startswith(str(raw / file))
     assert [path.name for path in tmp_path.iterdir()] == ["raw"]
 
 
-def test_an_unknown_event_is_named_by_line_and_column(raw: Path, tmp_path: Path) -> None:
+def test_an_unknown_event_is_named(raw: Path, tmp_path: Path) -> None:
     text = (raw / "events.csv").read_text().replace("2000,1,view", "2000,1,veiw")
     (raw / "events.csv").write_text(text)
-    message = complaint(lambda: prepare(raw, tmp_path / "rt"))
+    message = user_error_message(lambda: prepare(raw, tmp_path / "rt"))
     assert "line 3" in message
     assert "column 'event'" in message
 
 
-def test_a_folder_without_properties_is_refused(raw: Path, tmp_path: Path) -> None:
+def test_missing_properties_are_refused(raw: Path, tmp_path: Path) -> None:
     for path in raw.glob("item_properties*"):
         path.unlink()
-    assert "item_properties" in complaint(lambda: prepare(raw, tmp_path / "rt"))
+    assert "item_properties" in user_error_message(lambda: prepare(raw, tmp_path / "rt"))
 
 
-@pytest.mark.parametrize("wrong", [{"session_gap": -1.0}, {"session_gap": float("nan")}, {"min_session": 0}], ids=str)
-def test_settings_out_of_range_are_refused(raw: Path, tmp_path: Path, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("settings", [{"session_gap": -1.0}, {"session_gap": float("nan")}, {"min_session": 0}],
+                         ids=str)
+def test_settings_out_of_range_are_refused(raw: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="--session_gap"):
-        prepare(raw, tmp_path / "rt", **wrong)
+        prepare(raw, tmp_path / "rt", **settings)
 
 
-# --------------------------------------------------------------------------------------------------- as a user runs it
+# ------------------------------------------------------------------------------------------------------- the program
 
 
-def test_the_command_prints_the_account_and_says_where_it_wrote(raw: Path, tmp_path: Path) -> None:
-    done = run(tmp_path, "dataset.prepare", "--raw", "raw", "--out", "dataset/rt")
-    assert done.returncode == 0, done.stderr
-    for what, rows in ACCOUNT:
-        assert any(line.strip().startswith(what) and line.endswith(f"{rows:,}") for line in done.stdout.splitlines())
-    assert done.stdout.endswith("wrote dataset/rt\n")
+def test_the_program_prints_the_row_counts(raw: Path, tmp_path: Path) -> None:
+    result = run_in_process(tmp_path, "dataset/prepare.py", "--raw", "raw", "--out", "dataset/rt")
+    assert result.returncode == 0, result.stderr
+    for label, rows in ROW_COUNTS:
+        assert any(line.strip().startswith(label) and line.endswith(f"{rows:,}") for line in result.stdout.splitlines())
+    assert result.stdout.endswith("wrote dataset/rt\n")
     assert lines(tmp_path / "dataset" / "rt" / "test.csv") == ROWS["test"]
 
 
-def test_the_command_fails_with_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = run(tmp_path, "dataset.prepare", "--raw", "absent", "--out", "rt")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: absent: no such folder: --raw takes the folder that holds the raw files\n"
+def test_the_program_fails_with_one_line(tmp_path: Path) -> None:
+    result = run_in_process(tmp_path, "dataset/prepare.py", "--raw", "absent", "--out", "rt")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "error: absent: no such folder: --raw takes the folder of the raw files\n"
     assert list(tmp_path.iterdir()) == []
 
 
-# ------------------------------------------------------------------------------------------------------ the real thing
+# -------------------------------------------------------------------------------------------------- a sample of the log
 
 
-@pytest.mark.skipif(not REAL_SAMPLE.is_dir(), reason="the sample of the real log, ../shared/data, is not here")
-def test_the_real_sample_with_timestamps_like_144E12(tmp_path: Path) -> None:
+@pytest.mark.skipif(not REAL_SAMPLE.is_dir(), reason="the sample of the real log is absent")
+def test_the_real_sample(tmp_path: Path) -> None:
     prepare(REAL_SAMPLE, tmp_path / "rt")
-    assert_account_adds_up(tmp_path / "rt")
-    row_counts = dict(manifest_of(tmp_path / "rt")["account"])
-    assert [row_counts[what] for what in ("events read", *KINDS)] == [9_385, 9_076, 263, 46]
+    assert_row_counts_add_up(tmp_path / "rt")
+    row_counts = dict(manifest_of(tmp_path / "rt")["row_counts"])
+    assert [row_counts[label] for label in ("events read", *EVENT_TYPES)] == [9_385, 9_076, 263, 46]
     assert row_counts["property rows read"] == 3_100
     assert row_counts["kept: values of items"] > 0
     assert row_counts["categories in the tree (not used by the tables)"] == 1_669
     table = pd.read_csv(REAL_SAMPLE / "events.csv")
-    assert read_csv_rows(tmp_path / "rt") == reference([
+    assert read_prepared_rows(tmp_path / "rt") == prepare_rows([
         (row.timestamp, row.visitorid, row.event, row.itemid, "" if np.isnan(row.transactionid) else row.transactionid)
         for row in table.itertuples()])

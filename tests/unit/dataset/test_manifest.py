@@ -1,0 +1,112 @@
+"""manifest.json: what is refused, and what the fingerprint depends on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import user_error_message
+
+from common.fileio import sha256
+from dataset.retailrocket import PROPERTIES
+from dataset.rtrl import Splits, load_splits
+
+
+@pytest.fixture(scope="module")
+def splits(rt_tables: Path) -> Splits:
+    return load_splits(rt_tables)
+
+
+def change_manifest(folder: Path, **changes: Any) -> Path:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+@pytest.mark.parametrize("changes", [{"outputs": None}, {"outputs": []}, {"categorical": "785"}, {"tasks": ["click"]},
+                                     {"tasks": [{"name": "CTR"}]}, {"long_tailed": None}, {"categorical": []},
+                                     {"categorical": [["785"]]}, {"context": [[]]}, {"long_tailed": ["colour"]},
+                                     {"tasks": []}, {"tasks": [{"name": "CTR", "label": "click"}]},
+                                     {"tasks": [{"name": "a$b", "label": "click"}, {"name": "B", "label": "pay"}]},
+                                     {"tasks": [{"name": "A", "label": "click"}, {"name": "B", "label": "click"}]},
+                                     {"tasks": [{"name": "A", "label": "timestamp"}, {"name": "B", "label": "pay"}]},
+                                     {"categorical": ["785", "785"]}, {"format": 2}, {"simulation": None}], ids=str)
+def test_an_invalid_manifest_is_refused(tables: Path, changes: dict[str, Any]) -> None:
+    assert str(change_manifest(tables, **changes)) in user_error_message(lambda: load_splits(tables))
+
+
+@pytest.mark.parametrize("name", ["../x.csv", "sub/x.csv", ".."])
+def test_a_file_outside_the_directory_is_refused(tables: Path, name: str) -> None:
+    (tables.parent / "x.csv").write_text("a,b\n")
+    outputs = json.loads((tables / "manifest.json").read_text())["outputs"]
+    path = change_manifest(tables, outputs={**outputs, name: sha256(tables.parent / "x.csv")})
+    message = user_error_message(lambda: load_splits(tables))
+    assert message == f"{path}: '{name}' of 'outputs' is not a file name: must be a file in the manifest's directory"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "item_feadf.csv"])
+def test_outputs_must_contain_every_table(tables: Path, name: str) -> None:
+    outputs = json.loads((tables / "manifest.json").read_text())["outputs"]
+    path = change_manifest(tables, outputs={key: value for key, value in outputs.items() if key != name})
+    message = user_error_message(lambda: load_splits(tables))
+    assert str(path) in message
+    assert name in message
+
+
+def test_an_unknown_field_is_named(tables: Path) -> None:
+    fields = [*PROPERTIES, "colour"]
+    change_manifest(tables, categorical=fields)
+    assert "'categorical' contains unknown field 'colour'" in user_error_message(lambda: load_splits(tables))
+    change_manifest(tables, categorical=fields, tables={"item_feadf.csv": {"key": "itemid", "fields": fields}})
+    message = user_error_message(lambda: load_splits(tables))
+    assert message.startswith(f"{tables / 'item_feadf.csv'}, line 1: column 'colour' is missing")
+
+
+def test_a_missing_file_is_named(tables: Path) -> None:
+    (tables / "truth.csv").unlink()
+    assert user_error_message(lambda: load_splits(tables)).startswith(f"{tables}: truth.csv missing")
+
+
+@pytest.mark.parametrize("name", ["train.csv", "val.csv", "test.csv", "item_feadf.csv", "truth.csv"])
+def test_an_edited_table_is_refused(tables: Path, name: str) -> None:
+    *lines, last = (tables / name).read_text().splitlines()
+    (tables / name).write_text("\n".join([*lines, ("3" if last[0] != "3" else "2") + last[1:]]) + "\n")
+    message = user_error_message(lambda: load_splits(tables))
+    assert message.startswith(f"{tables / name}: ")
+    assert "SHA-256" in message
+
+
+def test_a_truncated_table_is_refused(tables: Path) -> None:
+    text = (tables / "train.csv").read_text()
+    (tables / "train.csv").write_text(text[: len(text) // 2])
+    message = user_error_message(lambda: load_splits(tables))
+    assert message.startswith(str(tables / "train.csv"))
+    assert "cut short" in message
+
+
+def test_a_misspelt_column_is_named(tables: Path) -> None:
+    text = (tables / "val.csv").read_text()
+    (tables / "val.csv").write_text(text.replace("click,", "clik,", 1))
+    message = user_error_message(lambda: load_splits(tables))
+    assert "column 'click' is missing" in message
+    assert "clik" in message
+
+
+def test_the_fingerprint_depends_on_the_schema(tables: Path, splits: Splits) -> None:
+    """A model of clicks and purchases is none of purchases and clicks."""
+    change_manifest(tables, tasks=[{"name": "CTR", "label": "pay"}, {"name": "CTCVR", "label": "click"}])
+    assert load_splits(tables).fingerprint != splits.fingerprint
+    change_manifest(tables, tasks=splits.manifest["tasks"], source="renamed")
+    assert load_splits(tables).fingerprint == splits.fingerprint
+
+
+@pytest.mark.parametrize(("changes", "reason"), [
+    ({"categorical": [*PROPERTIES, "785"]}, "name '785' is not unique"),
+    ({"long_tailed": ["colour"]}, "'long_tailed' contains unknown field 'colour'"),
+    ({"history": "colour"}, "'history' is the key of one of the tables, not 'colour'"),
+    ({"outputs": None}, "'outputs' is missing or of the wrong type")], ids=["duplicate", "unknown", "history", "type"])
+def test_errors_name_the_entry(tables: Path, changes: dict[str, Any], reason: str) -> None:
+    path = change_manifest(tables, **changes)
+    assert user_error_message(lambda: load_splits(tables)).startswith(f"{path}: {reason}")
