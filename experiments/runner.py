@@ -42,8 +42,8 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     """Run all conditions that results.csv at `path` lacks. Return a message about failed runs, "" for none.
 
     Args:
-        executor: where runs execute, such as Dask's `Client.get_executor()` with a shared directory; default: a pool of
-            processes, or this process for one worker.
+        executor: where at most `--workers` runs execute at a time, such as Dask's `Client.get_executor()`, with this
+            directory shared; default: a pool of processes, or this process for one worker.
     """
     datasets = settings.datasets.split(",")
     runs = {run.key: run for dataset in datasets for condition in conditions(settings) for seed in settings.all_seeds
