@@ -1,1 +1,1 @@
-"""`make bench`: how fast this is, beside torch-rechub on the same table, and where the arithmetic ends."""
+"""`make bench`: throughput beside torch-rechub on the same table, and time and memory against the number of rows."""

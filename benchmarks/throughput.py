@@ -1,10 +1,10 @@
-"""One measurement, in a process of its own; prints one line of JSON. `bench.__main__` runs them all.
+"""One benchmark in a separate process; prints one line of JSON. `python3 -m benchmarks` runs all of them.
 
-    python3 -m bench.measure train ours esmm
-    python3 -m bench.measure train peer esmm   # torch-rechub 0.9.0: pip install --no-deps -r requirements-bench.txt
+    python3 -m benchmarks.throughput train rmtl esmm
+    python3 -m benchmarks.throughput train rechub esmm  # needs pip install --no-deps -r requirements/bench.txt
 
-Both sides get the same rows, batch, widths, dropout and optimizer, and run the loops that their users run. Ours reads
-the six numbers of the session so far besides the seven fields; the peer's ESMM has no place for numbers.
+RMTL and torch-rechub 0.9.0 train on the same rows, with the same batch size, widths, dropout and optimizer, in the
+loops that their users call. RMTL also reads the six session features; torch-rechub's ESMM has no input for them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,82 +46,90 @@ from train.supervised import EVALUATION_BATCH, evaluate
 REPOSITORY = Path(__file__).resolve().parent.parent
 BATCH, EMBED_DIM, EXPERTS, LEARNING_RATE, WEIGHT_DECAY, SEED = 2048, 128, 8, 1e-3, 1e-6, 2022
 TRAINING_ROWS = 20 * BATCH
-REAL = SimulationConfig(events=2_756_101, items=417_053, property_rows=20_275_902)  # of the RetailRocket files
+FULL_SCALE = SimulationConfig(events=2_756_101, items=417_053, property_rows=20_275_902)  # as RetailRocket
 COMMANDS = (["SLmain.py", "--model_name=esmm"], ["RLmain.py"], ["SLmain.py", "--model_name=ple", "--polish=1"])
-Figures = dict[str, float]
+Metrics = dict[str, float]
 
 
-def seconds(action: Callable[[], Any]) -> float:
-    """How long an action takes, its prints unseen."""
+def time_call(action: Callable[[], Any]) -> float:
+    """Seconds of a call, with its output suppressed."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         start = time.perf_counter()
         action()
         return time.perf_counter() - start
 
 
-def rate(action: Callable[[], Any], amount: float, repeats: int = 1) -> float:
-    """Amount a second, after one run to warm up."""
-    seconds(action)
-    return amount * repeats / sum(seconds(action) for _ in range(repeats))
+def throughput(action: Callable[[], Any], amount: float, repeats: int = 1) -> float:
+    """Amount per second, after one warm-up call."""
+    time_call(action)
+    return amount * repeats / sum(time_call(action) for _ in range(repeats))
 
 
-def data(folder: Path, numerical: str = "session") -> Splits:
-    """The default simulated data, made in `folder` on first use, mapped as by default."""
+def load_data(folder: Path, numerical: str = "session") -> Splits:
+    """The default simulated data with mapped ids, created in `folder` on first use."""
     splits = get_dataset("rt", str(folder), numerical)
     encode_splits(splits, 0.2)
     return splits
 
 
-def part(split: RetailRocketRLDataset, rows: np.ndarray[Any, Any]) -> RetailRocketRLDataset:
-    """Some rows of a mapped split."""
+def subset(split: RetailRocketRLDataset, rows: np.ndarray[Any, Any]) -> RetailRocketRLDataset:
+    """The given rows of a mapped split."""
     chosen = object.__new__(RetailRocketRLDataset)
     chosen.session, chosen.labels, chosen.numerical = split.session[rows], split.labels[rows], split.numerical[rows]
     chosen.set_ids(split.categorical[rows], split.field_dims)
     return chosen
 
 
-# ---------------------------------------------------------------------------------------------- models, ours and theirs
+# ------------------------------------------------------------------------------------------------------------ models
 
 
-def train(folder: Path, side: str, name: str) -> Figures:
-    """Training rows a second, and the floating-point operations that a step executes for each row."""
-    split = data(folder).train
-    rows = part(split, np.arange(min(len(split), TRAINING_ROWS)))
-    step, epoch = SIDES[side](name, rows)[:2]
+def train(folder: Path, implementation: str, name: str) -> Metrics:
+    """Training throughput, and the floating-point operations per row of a training step."""
+    split = load_data(folder).train
+    rows = subset(split, np.arange(min(len(split), TRAINING_ROWS)))
+    target = IMPLEMENTATIONS[implementation](name, rows)
     with FlopCounterMode(display=False) as counter:
-        step()
-    return {"rows_per_s": rate(epoch, len(rows)), "flop_per_row": counter.get_total_flops() / min(len(rows), BATCH)}
+        target.train_step()
+    return {"rows_per_s": throughput(target.train_epoch, len(rows)),
+            "flop_per_row": counter.get_total_flops() / min(len(rows), BATCH)}
 
 
-def evaluate_distinct(folder: Path, side: str, name: str) -> Figures:
-    """Evaluated rows a second, with no two rows alike."""
-    split = data(folder).test
-    first = TensorLoader(split, BATCH).unique_rows[0].numpy()
-    return {"rows_per_s": rate(SIDES[side](name, part(split, np.sort(first)))[2], len(first), 3)}
+def evaluate_distinct(folder: Path, implementation: str, name: str) -> Metrics:
+    """Evaluation throughput on distinct rows."""
+    split = load_data(folder).test
+    distinct = subset(split, np.sort(TensorLoader(split, BATCH).unique_rows[0].numpy()))
+    return {"rows_per_s": throughput(IMPLEMENTATIONS[implementation](name, distinct).evaluate, len(distinct), 3)}
 
 
-def evaluate_repeating(folder: Path, side: str, name: str) -> Figures:
-    """Evaluated rows a second, published features: the same items come again and again."""
-    split = data(folder, "none").test
-    return {"rows_per_s": rate(SIDES[side](name, part(split, np.arange(len(split))))[2], len(split), 3)}
+def evaluate_repeating(folder: Path, implementation: str, name: str) -> Metrics:
+    """Evaluation throughput on the published features, with which rows repeat."""
+    split = load_data(folder, "none").test
+    rows = subset(split, np.arange(len(split)))
+    return {"rows_per_s": throughput(IMPLEMENTATIONS[implementation](name, rows).evaluate, len(split), 3)}
 
 
-Run = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]  # one step, an epoch of training, an evaluation
+class BenchTarget(NamedTuple):
+    """The calls that are timed."""
+
+    train_step: Callable[[], Any]
+    train_epoch: Callable[[], Any]
+    evaluate: Callable[[], Any]
 
 
-def ours(name: str, rows: RetailRocketRLDataset) -> Run:
+def rmtl(name: str, rows: RetailRocketRLDataset) -> BenchTarget:
     device = pick_device("cpu")
     set_seed(SEED)
     model = get_model(name, rows.field_dims, rows.numerical_num, 2, EXPERTS, EMBED_DIM)
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    loader, few = (TensorLoader(part(rows, np.arange(len(rows))[:count]), BATCH, device, SEED) for count in (None, BATCH))
+    loader, one_batch = (TensorLoader(subset(rows, np.arange(len(rows))[:count]), BATCH, device, SEED)
+                         for count in (None, BATCH))
     held_out, criterion = TensorLoader(rows, EVALUATION_BATCH, device), nn.BCELoss(reduction="none")
-    return (lambda: sltrain(model, optimizer, few, criterion, device),
-            lambda: sltrain(model, optimizer, loader, criterion, device),
-            lambda: evaluate(model, held_out, 2, device))
+    return BenchTarget(lambda: sltrain(model, optimizer, one_batch, criterion, device),
+                       lambda: sltrain(model, optimizer, loader, criterion, device),
+                       lambda: evaluate(model, held_out, 2, device))
 
 
-def peer(name: str, rows: RetailRocketRLDataset) -> Run:
+def rechub(name: str, rows: RetailRocketRLDataset) -> BenchTarget:
     from torch_rechub.basic.features import SparseFeature
     from torch_rechub.models.multi_task import ESMM, MMOE, PLE
     from torch_rechub.trainers import MTLTrainer
@@ -134,8 +142,8 @@ def peer(name: str, rows: RetailRocketRLDataset) -> Run:
     expert: dict[str, Any] = {"dims": list(BOTTOM_MLP_DIMS), "dropout": DROPOUT}
     towers: list[dict[str, Any]] = [{"dims": list(TOWER_MLP_DIMS), "dropout": DROPOUT}] * 2
     if name == "esmm":
-        whole: dict[str, Any] = {"dims": [*BOTTOM_MLP_DIMS, *TOWER_MLP_DIMS], "dropout": DROPOUT}
-        model = ESMM(features[:1], features[1:], dict(whole), dict(whole))
+        tower: dict[str, Any] = {"dims": [*BOTTOM_MLP_DIMS, *TOWER_MLP_DIMS], "dropout": DROPOUT}
+        model = ESMM(features[:1], features[1:], dict(tower), dict(tower))
         tasks, labels = ["classification"] * 3, np.column_stack([labels[:, 1], labels])  # CVR, CTR, CTCVR
     elif name == "mmoe":
         model = MMOE(features, tasks, EXPERTS, expert, towers)
@@ -146,48 +154,50 @@ def peer(name: str, rows: RetailRocketRLDataset) -> Run:
 
     def loader(count: int, batch: int) -> Any:
         x = {str(f): rows.categorical[:count, f] for f in range(len(rows.field_dims))}
-        some = {key: value[:2] for key, value in x.items()}
-        return DataGenerator(x, labels[:count]).generate_dataloader(some, labels[:2], some, labels[:2],
-                                                                    batch_size=batch)[0]
+        unused = {key: value[:2] for key, value in x.items()}, labels[:2]
+        return DataGenerator(x, labels[:count]).generate_dataloader(*unused, *unused, batch_size=batch)[0]
 
-    few, many, held_out = loader(BATCH, BATCH), loader(len(rows), BATCH), loader(len(rows), EVALUATION_BATCH)
-    return (lambda: trainer.train_one_epoch(few), lambda: trainer.train_one_epoch(many),
-            lambda: trainer.evaluate(model, held_out))
-
-
-SIDES = {"ours": ours, "peer": peer}
+    one_batch, every_batch = loader(BATCH, BATCH), loader(len(rows), BATCH)
+    held_out = loader(len(rows), EVALUATION_BATCH)
+    return BenchTarget(lambda: trainer.train_one_epoch(one_batch), lambda: trainer.train_one_epoch(every_batch),
+                       lambda: trainer.evaluate(model, held_out))
 
 
-# --------------------------------------------------------------------------------------------- the machine, data and RL
+IMPLEMENTATIONS = {"rmtl": rmtl, "rechub": rechub}
 
 
-def matrix_rate() -> Figures:
-    """Floating-point operations a second in a product of 2,048 x 768 with 768 x 512, by torch's two libraries."""
+# ------------------------------------------------------------------------------------------------ hardware, data and RL
+
+
+def peak_gemm() -> Metrics:
+    """FLOP/s of a product of 2,048 x 768 with 768 x 512, by MKL and by oneDNN."""
     pick_device("cpu")
     x, weight = torch.randn(2048, 768), torch.randn(512, 768)
-    image = x[None, None].permute(0, 3, 1, 2)
-    work = 2.0 * x.numel() * len(weight)
-    return {"mkl": rate(lambda: [F.linear(x, weight) for _ in range(50)], 50 * work, 3),
-            "onednn": rate(lambda: [F.conv2d(image, weight[:, :, None, None]) for _ in range(50)], 50 * work, 3)}
+    nchw = x[None, None].permute(0, 3, 1, 2)
+    flop = 2.0 * x.numel() * len(weight)
+    return {"mkl": throughput(lambda: [F.linear(x, weight) for _ in range(50)], 50 * flop, 3),
+            "onednn": throughput(lambda: [F.conv2d(nchw, weight[:, :, None, None]) for _ in range(50)], 50 * flop, 3)}
 
 
-def sessions(folder: Path) -> Figures:
-    """Rows a second from the tables as read to an environment: order, features, ids, sessions."""
-    splits = data(folder)
+def sessions(folder: Path) -> Metrics:
+    """Throughput from the tables in memory to an environment: order, features, ids, sessions."""
+    splits = load_data(folder)
     names, labels = splits.manifest["categorical"], [task["label"] for task in splits.manifest["tasks"]]
-    kinds: dict[str, Any] = {"timestamp": "id", "sessionid": "id", "itemid": "id", **dict.fromkeys(labels, "label"),
+    schema: dict[str, Any] = {"timestamp": "id", "sessionid": "id", "itemid": "id", **dict.fromkeys(labels, "label"),
                              **{f"{name}_time": "optional_id" for name in labels}}
-    table = read_table(folder / "rt" / "train.csv", kinds)
+    table = read_table(folder / "rt" / "train.csv", schema)
     items = read_table(folder / "rt" / "item_feadf.csv", {"itemid": "id", **dict.fromkeys(names, "optional_text")})
     mapper = Catemapper(0.2).fit(splits.train)
-    built = splits.train
-    return {"rows_per_s": rate(lambda: MTEnv(mapper.map(RetailRocketRLDataset(table, items, names, labels))),
-                               len(table), 5),
-            "from_arrays": rate(lambda: MTEnv(built), len(table), 20)}
+
+    def build() -> MTEnv:
+        return MTEnv(mapper.map(RetailRocketRLDataset(table, items, names, labels)))
+
+    return {"rows_per_s": throughput(build, len(table), 5),
+            "from_arrays": throughput(lambda: MTEnv(splits.train), len(table), 20)}
 
 
-def agent_of(folder: Path, **hyparams: Any) -> DDPG_ESMM_BC:
-    train_split = data(folder).train
+def make_agent(folder: Path, **hyparams: Any) -> DDPG_ESMM_BC:
+    train_split = load_data(folder).train
     device = pick_device("cpu")
     set_seed(SEED)
     actor = get_model("esmm", train_split.field_dims, train_split.numerical_num, 2, EXPERTS, EMBED_DIM)
@@ -197,58 +207,70 @@ def agent_of(folder: Path, **hyparams: Any) -> DDPG_ESMM_BC:
         return DDPG_ESMM_BC(MTEnv(train_split), "esmm", pretrain_path=pretrain, device=device, **hyparams)
 
 
-def memory(folder: Path) -> Figures:
-    """Transitions a second through the vector environment into the replay buffer: uniform actions, or the actor's."""
-    agent, rng = agent_of(folder), np.random.default_rng(SEED)
-    rows = len(data(folder).train)
-    return {"rows_per_s": rate(lambda: collect_transitions(agent, lambda state: rng.random((len(state), 2), np.float32)), rows, 5),
-            "with_actor": rate(lambda: collect_transitions(agent, agent.select_action), rows, 3)}
+def replay_buffer(folder: Path) -> Metrics:
+    """Transitions per second into the replay buffer, with uniform actions and with those of the actor."""
+    agent, rng = make_agent(folder), np.random.default_rng(SEED)
+    rows = len(load_data(folder).train)
+
+    def uniform_actions(states: Any) -> Any:
+        return rng.random((len(states), 2), np.float32)
+
+    return {"rows_per_s": throughput(lambda: collect_transitions(agent, uniform_actions), rows, 5),
+            "with_actor": throughput(lambda: collect_transitions(agent, agent.select_action), rows, 3)}
 
 
-def critics(folder: Path) -> Figures:
-    """Rows a second in updates of both critics, batch 2,048 and the default 512."""
-    figures = {}
+def critics(folder: Path) -> Metrics:
+    """Throughput of updates of both critics, with batch 2,048 and the default 512."""
+    metrics = {}
     for batch in (BATCH, 512):
-        agent = agent_of(folder, batch_size=batch)
+        agent = make_agent(folder, batch_size=batch)
         collect_transitions(agent, agent.select_action)
         updates = 20 * BATCH // batch
-        figures["rows_per_s" if batch == BATCH else f"batch_{batch}"] = rate(
+        metrics["rows_per_s" if batch == BATCH else f"batch_{batch}"] = throughput(
             lambda agent=agent, updates=updates: [agent.update() for _ in range(updates)],  # type: ignore[misc]
             updates * batch, 2)
-    return figures
+    return metrics
 
 
-def real_size(folder: Path) -> Figures:
-    """Seconds and memory of dataset.prepare on as many rows as RetailRocket has."""
-    if not (folder / "real").exists():  # by a process of its own: its memory is not prepare's
-        sizes = [f"--{name}={getattr(REAL, name)}" for name in ("events", "items", "property_rows")]
+def full_scale_prepare(folder: Path) -> Metrics:
+    """Seconds and memory of dataset.prepare with as many rows as RetailRocket."""
+    if not (folder / "real").exists():  # in a separate process, whose memory does not count
+        sizes = [f"--{name}={getattr(FULL_SCALE, name)}" for name in ("events", "items", "property_rows")]
         subprocess.run([sys.executable, "-m", "dataset.simulate", "--out", str(folder / "real"), *sizes],
                        cwd=REPOSITORY, check=True, capture_output=True)
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        took = seconds(lambda: prepare(folder / "real", Path(out) / "rt"))
+        elapsed = time_call(lambda: prepare(folder / "real", Path(out) / "rt"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": took, "rows_per_s": (REAL.events + REAL.property_rows) / took, "gib": peak}
+    return {"seconds": elapsed, "rows_per_s": (FULL_SCALE.events + FULL_SCALE.property_rows) / elapsed, "gib": peak}
 
 
-def commands(folder: Path) -> Figures:
-    """Seconds of the three commands, in an empty folder."""
-    figures: Figures = {}
+def commands(folder: Path) -> Metrics:
+    """Seconds of the three commands in an empty directory."""
+    metrics: Metrics = {}
     with tempfile.TemporaryDirectory(dir=folder) as empty:
         for program, *flags in COMMANDS:
-            took = seconds(lambda program=program, flags=flags: subprocess.run(  # type: ignore[misc]
+            elapsed = time_call(lambda program=program, flags=flags: subprocess.run(  # type: ignore[misc]
                 [sys.executable, str(REPOSITORY / program), *flags], cwd=empty, check=True, capture_output=True,
                 env={**os.environ, "PYTHONPATH": str(REPOSITORY)}))
-            figures[" ".join([program, *flags])] = took
-    return {"seconds": sum(figures.values()), **figures}
+            metrics[" ".join([program, *flags])] = elapsed
+    return {"seconds": sum(metrics.values()), **metrics}
 
 
-def main(work: str, *more: str) -> None:
+BENCHMARKS: dict[str, Callable[..., Metrics]] = {
+    "train": train, "evaluate_distinct": evaluate_distinct, "evaluate_repeating": evaluate_repeating,
+    "sessions": sessions, "replay_buffer": replay_buffer, "critics": critics, "full_scale_prepare": full_scale_prepare,
+    "commands": commands}
+
+
+def cache_folder() -> Path:
+    """The directory of the data sets of all benchmarks, in $RMTL_BENCH or the system's temporary directory."""
     folder = Path(os.environ.get("RMTL_BENCH", tempfile.gettempdir())) / "rmtl-bench"
     folder.mkdir(parents=True, exist_ok=True)
-    works: dict[str, Callable[..., Figures]] = {
-        "train": train, "evaluate_distinct": evaluate_distinct, "evaluate_repeating": evaluate_repeating,
-        "sessions": sessions, "memory": memory, "critics": critics, "real_size": real_size, "commands": commands}
-    print(json.dumps(matrix_rate() if work == "matrix_rate" else works[work](folder, *more)))
+    return folder
+
+
+def main(benchmark: str, *arguments: str) -> None:
+    print(json.dumps(peak_gemm() if benchmark == "peak_gemm" else BENCHMARKS[benchmark](cache_folder(), *arguments)))
 
 
 if __name__ == "__main__":

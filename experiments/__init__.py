@@ -1,1 +1,1 @@
-"""The grid of experiments: what is compared (`arms`), how it is run (`runs`), what came of it (`report`)."""
+"""Every table of the paper: `conditions` (what is compared), `runner`, `statistics`, `report` and `plots`."""

@@ -1,4 +1,4 @@
-"""What is compared with what: every run of every table, with the settings that the programs take."""
+"""What is compared with what: the conditions of every table, and the settings of each run."""
 
 from __future__ import annotations
 
@@ -13,55 +13,56 @@ from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, option
 from train.task_weighting import WEIGHTINGS
 
-TABLES = ("main", "ablation", "session", "tried", "weighting", "transfer", "lambda", "gamma", "tau")
-Key = tuple[str, str, str, int]  # data set, model, arm, seed
+TABLES = ("main", "ablation", "session", "exploratory", "weighting", "transfer", "lambda", "gamma", "tau")
+Key = tuple[str, str, str, int]  # data set, model, condition, seed
 
 
 @dataclass(kw_only=True)
-class GridArguments(Settings):
-    """Which part of the grid is run, and how large."""
+class ExperimentArguments(Settings):
+    """Which experiments run, and the size of their models. Raises UserError."""
 
-    datasets: str = option("rt", "data sets, with commas between them")
-    models: str = option("esmm,mmoe,ple", "models, with commas; the first one is studied in detail")
-    seeds: int = option(5, "how many seeds: each is a baseline, critics and all that follows", low=2, high=1000)
-    first_seed: int = option(1, "the first of the seeds, which count up", low=0, high=2**30)
-    tables: str = option("", "only these tables, with commas (default all)")
-    only: str = option("", "only runs whose name holds this text, and what they need")
-    lambdas: str = option("0.1,0.3,3,10", "values of lambda beside 1")
-    gammas: str = option("0,0.99", "values of gamma beside 0.9; each needs critics of its own")
-    taus: str = option("0.05,1", "values of tau beside 0.2; each needs critics of its own")
-    quick: bool = option(False, "small: two models, 3 seeds, narrow embeddings, few epochs, and for rt a smaller "
-                          "simulated log")
-    workers: int = option(0, "runs side by side; 0: as many as there are cores", low=0, high=4096)
-    out: str = option("", "where results go (default chkpt/experiments, with --quick chkpt/experiments_quick)")
-    report: bool = option(False, "run nothing: write the report from the results.csv that is there")
-    publish: str = option("", "copy report, plots and results.csv into this folder, and their summary into README.md")
-    dataset_path: str = option("dataset", "the folder of data sets")
-    embed_dim: int = option(128, "D of all models and critics", low=1, high=65536)
-    expert_num: int = option(8, "E of mmoe, ple, ...", low=2, high=4096)
+    datasets: str = option("rt", "comma-separated data sets")
+    models: str = option("esmm,mmoe,ple", "comma-separated models; all tables but main and transfer use the first")
+    seeds: int = option(5, "number of seeds; every seed has its own baseline, critics and fine-tuning runs", low=2,
+                        high=1000)
+    first_seed: int = option(1, "first seed; the others are consecutive", low=0, high=2**30)
+    tables: str = option("", f"comma-separated tables to run (default all): {', '.join(TABLES)}")
+    name_filter: str = option("", "run only conditions whose name contains this text, and their dependencies")
+    lambdas: str = option("0.1,0.3,3,10", "values of lambda besides 1")
+    gammas: str = option("0,0.99", "values of gamma besides 0.9; each trains its own critics")
+    taus: str = option("0.05,1", "values of tau besides 0.2; each trains its own critics")
+    quick: bool = option(False, "small version: two models, 3 seeds, narrow embeddings, few epochs, and for rt a "
+                         "smaller simulated log")
+    workers: int = option(0, "parallel runs; 0: the number of cores", low=0, high=4096)
+    out: str = option("", "output directory (default chkpt/experiments, with --quick chkpt/experiments_quick)")
+    report_only: bool = option(False, "run nothing: write report.md and plots from the results.csv in --out")
+    publish_to: str = option("", "also write report.md, plots and results.csv to this directory")
+    dataset_path: str = option("dataset", "directory of the data sets")
+    embed_dim: int = option(128, "D, embedding size of all models and critics", low=1, high=65536)
+    expert_num: int = option(8, "E, experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     feature_map_rate: float = option(0.2, "as in SLmain.py", low=0, high=1)
-    learning_rate: float = option(1e-3, "of all supervised runs", low=0)
-    epoch: int = option(50, "epochs of a supervised run at the most", low=1)
-    critic_batch: int = option(2048, "transitions an update of the critics", low=1)
-    critic_updates: int = option(50, "updates an epoch of the critics", low=1)
-    critic_epoch: int = option(30, "epochs of the critics at the most", low=1)
+    learning_rate: float = option(1e-3, "learning rate of all supervised runs", low=0)
+    epoch: int = option(50, "maximum epochs of a supervised run", low=1)
+    critic_batch: int = option(2048, "batch size of a critic update", low=1)
+    critic_updates: int = option(50, "critic updates per epoch", low=1)
+    critic_epoch: int = option(30, "maximum epochs of the critics", low=1)
 
     def __post_init__(self) -> None:
         if self.quick:
             small = {"models": "esmm,mmoe", "gammas": "0.5", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
                      "critic_epoch": 3, "dataset_path": "chkpt/experiments_quick/dataset"}
-            for one in fields(self):  # what was asked for stays
-                if one.name in small and getattr(self, one.name) == one.default:
-                    setattr(self, one.name, small[one.name])
+            for setting in fields(self):  # explicit values take precedence
+                if setting.name in small and getattr(self, setting.name) == setting.default:
+                    setattr(self, setting.name, small[setting.name])
         super().__post_init__()
-        for what, names, known in (("models", self.models, MODELS), ("tables", self.tables, TABLES)):
+        for flag, names, known in (("models", self.models, MODELS), ("tables", self.tables, TABLES)):
             for name in filter(None, names.split(",")):
                 if name not in known:
-                    raise UserError(f"--{what}: unknown '{name}': one of {', '.join(known)}")
-        for name in ("lambdas", "gammas", "taus"):
-            self.values(name)
-        if not arms(self):
-            raise UserError(f"--only: no run of these tables has '{self.only}' in its name")
+                    raise UserError(f"--{flag}: unknown '{name}': one of {', '.join(known)}")
+        for flag in ("lambdas", "gammas", "taus"):
+            self.values(flag)
+        if not conditions(self):
+            raise UserError(f"--name_filter: no condition of these tables has '{self.name_filter}' in its name")
 
     @property
     def all_seeds(self) -> range:
@@ -71,160 +72,168 @@ class GridArguments(Settings):
         """The numbers of `lambdas`, `gammas` or `taus`. Raises UserError."""
         text = getattr(self, name)
         try:
-            return [float(one) for one in text.split(",") if one]
+            return [float(value) for value in text.split(",") if value]
         except ValueError:
-            raise UserError(f"--{name}: '{text}': numbers, with commas between them") from None
+            raise UserError(f"--{name}: '{text}' is not a comma-separated list of numbers") from None
 
     @property
     def folder(self) -> Path:
-        """Where results go."""
+        """The output directory."""
         return Path(self.out or ("chkpt/experiments_quick" if self.quick else "chkpt/experiments"))
 
 
 @dataclass(frozen=True)
-class Arm:
-    """What is done with one model: a row of a table.
+class Condition:
+    """One treatment of one model: a row of a table.
 
     Attributes:
-        changes: settings that differ from the defaults of the program.
-        critics: model and arm whose critics weight the loss.
-        control: the arm of the same model that the result is measured against.
+        overrides: settings that differ from the defaults of the program.
+        control: the condition of the same model that the result is compared with.
+        critics: model and condition whose critics weight the loss.
     """
 
     table: str
     model: str
     name: str
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     control: str = ""
     program: str = "SLmain.py"
     critics: tuple[str, str] | None = None
 
     @property
     def starts_from_baseline(self) -> bool:
-        return self.program == "RLmain.py" or "polish_lambda" in self.changes
+        return self.program == "RLmain.py" or "polish_lambda" in self.overrides
+
+    @property
+    def dependencies(self) -> list[tuple[str, str]]:
+        """Model and condition of the runs whose weights this one loads."""
+        baseline = [(self.model, "baseline")] if self.starts_from_baseline else []
+        return baseline + ([self.critics] if self.critics else [])
 
 
-def arms(settings: GridArguments) -> list[Arm]:
-    """All arms, in the order of the tables."""
+def conditions(settings: ExperimentArguments) -> list[Condition]:
+    """The selected conditions with their dependencies and controls, in the order of the tables."""
     models = settings.models.split(",")
-    studied = models[0]
-    found = [arm for model in models for arm in (
-        Arm("main", model, "baseline"),
-        _critics("main", model, "critics", {}),
+    main_model = models[0]
+    every = [condition for model in models for condition in (
+        Condition("main", model, "baseline"),
+        _critics("main", model, "critics"),
         _polish("main", model, "RMTL"),
-        Arm("main", model, "constant", {"polish_lambda": 1.0, "polish_method": "constant"}, "baseline"),
+        Condition("main", model, "constant", {"polish_lambda": 1.0, "polish_method": "constant"}, "baseline"),
         _polish("main", model, "shuffled", polish_method="shuffled"))]
-    found += [_polish("ablation", studied, method, polish_method=method) for method in ("label", "critic")]
-    found += [Arm("session", studied, ", ".join(f"{key} {value}" for key, value in sees.items()), sees, "baseline")
-              for sees in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
-                              {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
-    found += tried(studied, settings)
-    found += [Arm("weighting", studied, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
-    found += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
+    every += [_polish("ablation", main_model, method, polish_method=method) for method in ("label", "critic")]
+    every += [Condition("session", main_model, ", ".join(f"{key} {value}" for key, value in inputs.items()), inputs,
+                        "baseline")
+              for inputs in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
+                             {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
+    every += exploratory_conditions(main_model, settings)
+    every += [Condition("weighting", main_model, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
+    every += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
               for model, other in itertools.permutations(models, 2)]
-    found += [_polish("lambda", studied, f"lambda {value:g}", polish_lambda=value)
+    every += [_polish("lambda", main_model, f"lambda {value:g}", polish_lambda=value)
               for value in settings.values("lambdas")]
     for name in ("gamma", "tau"):
         for value in settings.values(f"{name}s"):
-            found += [_critics(name, studied, f"critics, {name} {value:g}", {name: value}),
-                      _polish(name, studied, f"{name} {value:g}", critics=(studied, f"critics, {name} {value:g}"))]
-    found += [_actor("gamma", studied, settings, f", gamma {value:g}", gamma=value)
+            critics = f"critics, {name} {value:g}"
+            every += [_critics(name, main_model, critics, "", **{name: value}),
+                      _polish(name, main_model, f"{name} {value:g}", critics=(main_model, critics))]
+    every += [_actor("gamma", main_model, settings, f", gamma {value:g}", gamma=value)
               for value in settings.values("gammas")]
-    asked = set(filter(None, settings.tables.split(","))) or set(TABLES)
-    return _with_what_they_need(found, [arm for arm in found if arm.table in asked and settings.only in arm.name])
+    tables = set(filter(None, settings.tables.split(","))) or set(TABLES)
+    return _with_dependencies(every, [condition for condition in every if condition.table in tables
+                                      and settings.name_filter in condition.name])
 
 
-def tried(model: str, settings: GridArguments) -> list[Arm]:
-    """Ways to make more of the critics than the paper's weights do."""
+def exploratory_conditions(model: str, settings: ExperimentArguments) -> list[Condition]:
+    """Uses of the critics beyond the paper's weights."""
     contrast: dict[str, Any] = {"polish_lambda": 0.5, "polish_normalize": True}
-    critics = "critics that see the session"
+    table, critics = "exploratory", "critics that see the session"
     return [
-        _polish("tried", model, "mean 1", polish_normalize=True),
-        _polish("tried", model, "inverse, mean 1", polish_method="inverse", polish_normalize=True),
-        _polish("tried", model, "contrast", polish_method="contrast", **contrast),
-        _polish("tried", model, "contrast, shuffled", polish_method="contrast_shuffled", **contrast),
-        Arm("tried", model, "constant, the baseline's rate",
-            {"polish_lambda": 1.0, "polish_method": "constant", "polish_lr_ratio": 1.0}, "baseline"),
-        _polish("tried", model, "the baseline's rate", control="constant, the baseline's rate", polish_lr_ratio=1.0),
-        *(_polish("tried", model, f"from scratch, {name}", control="baseline", polish_init="scratch", **changes)
-          for name, changes in (("mean 1", {"polish_normalize": True}),
-                                ("contrast", {"polish_method": "contrast", **contrast}),
-                                ("contrast, shuffled", {"polish_method": "contrast_shuffled", **contrast}))),
-        _critics("tried", model, critics, {"critic_encoder": "gru"}),
-        _polish("tried", model, f"with {critics}", critics=(model, critics), critic_encoder="gru"),
-        _actor("tried", model, settings),
+        _polish(table, model, "mean 1", polish_normalize=True),
+        _polish(table, model, "inverse, mean 1", polish_method="inverse", polish_normalize=True),
+        _polish(table, model, "contrast", polish_method="contrast", **contrast),
+        _polish(table, model, "contrast, shuffled", polish_method="contrast_shuffled", **contrast),
+        Condition(table, model, "constant, the baseline's rate",
+                  {"polish_lambda": 1.0, "polish_method": "constant", "polish_lr_ratio": 1.0}, "baseline"),
+        _polish(table, model, "the baseline's rate", control="constant, the baseline's rate", polish_lr_ratio=1.0),
+        *(_polish(table, model, f"from scratch, {name}", control="baseline", polish_init="scratch", **overrides)
+          for name, overrides in (("mean 1", {"polish_normalize": True}),
+                                  ("contrast", {"polish_method": "contrast", **contrast}),
+                                  ("contrast, shuffled", {"polish_method": "contrast_shuffled", **contrast}))),
+        _critics(table, model, critics, critic_encoder="gru"),
+        _polish(table, model, f"with {critics}", critics=(model, critics), critic_encoder="gru"),
+        _actor(table, model, settings),
     ]
 
 
 def _polish(table: str, model: str, name: str, critics: tuple[str, str] | None = None, control: str = "constant",
-            **changes: Any) -> Arm:
-    return Arm(table, model, name, {"polish_lambda": 1.0, **changes}, control, critics=critics or (model, "critics"))
+            **overrides: Any) -> Condition:
+    return Condition(table, model, name, {"polish_lambda": 1.0, **overrides}, control,
+                     critics=critics or (model, "critics"))
 
 
-def _critics(table: str, model: str, name: str, changes: Mapping[str, Any], control: str = "") -> Arm:
-    return Arm(table, model, name, changes, control, "RLmain.py")
+def _critics(table: str, model: str, name: str, control: str = "", **overrides: Any) -> Condition:
+    return Condition(table, model, name, overrides, control, "RLmain.py")
 
 
-def _actor(table: str, model: str, settings: GridArguments, more: str = "", **changes: Any) -> Arm:
-    """The model itself, trained to raise Q at the rate of a polish run once its critics have learned for an epoch."""
-    return _critics(table, model, f"actor through the critics{more}",
-                    {"agent": "td3bc", "init_training_step": settings.critic_updates, "actor_update_freq": 1,
-                     "actor_lr": settings.learning_rate * SLArguments().polish_lr_ratio, **changes}, "constant")
+def _actor(table: str, model: str, settings: ExperimentArguments, suffix: str = "", **overrides: Any) -> Condition:
+    """The model itself, trained to raise Q at the learning rate of a polish run, after one epoch of its critics."""
+    return _critics(table, model, f"actor through the critics{suffix}", "constant", agent="td3bc",
+                    init_training_step=settings.critic_updates, actor_update_freq=1,
+                    actor_lr=settings.learning_rate * SLArguments().polish_lr_ratio, **overrides)
 
 
-def _with_what_they_need(found: Sequence[Arm], asked: Sequence[Arm]) -> list[Arm]:
-    """The arms asked for, and those that they start from, ask or are measured against, in the order of all."""
-    by_name = {(arm.model, arm.name): arm for arm in found}
-    wanted: set[tuple[str, str]] = set()
-    ahead = list(asked)
-    while ahead:
-        arm = ahead.pop()
-        if (arm.model, arm.name) not in wanted:
-            wanted.add((arm.model, arm.name))
-            ahead += [by_name[need] for need in _needs(arm)]
-            ahead += [by_name[arm.model, arm.control]] if arm.control else []
-    return [arm for key, arm in by_name.items() if key in wanted]
-
-
-def _needs(arm: Arm) -> list[tuple[str, str]]:
-    return [*([(arm.model, "baseline")] if arm.starts_from_baseline else []), *([arm.critics] if arm.critics else [])]
+def _with_dependencies(every: Sequence[Condition], selected: Sequence[Condition]) -> list[Condition]:
+    """The selected conditions, their dependencies and controls, in the order of `every`."""
+    by_name = {(condition.model, condition.name): condition for condition in every}
+    kept: set[tuple[str, str]] = set()
+    stack = [(condition.model, condition.name) for condition in selected]
+    while stack:
+        key = stack.pop()
+        if key not in kept:
+            kept.add(key)
+            condition = by_name[key]
+            stack += condition.dependencies + ([(condition.model, condition.control)] if condition.control else [])
+    return [condition for key, condition in by_name.items() if key in kept]
 
 
 @dataclass(frozen=True)
-class Run:
-    """An arm on one data set with one seed."""
+class ExperimentRun:
+    """A condition on one data set with one seed."""
 
     dataset: str
-    arm: Arm
+    condition: Condition
     seed: int
 
     @property
     def key(self) -> Key:
-        return self.dataset, self.arm.model, self.arm.name, self.seed
+        return self.dataset, self.condition.model, self.condition.name, self.seed
 
     @property
-    def needs(self) -> list[Key]:
-        return [(self.dataset, model, name, self.seed) for model, name in _needs(self.arm)]
+    def dependencies(self) -> list[Key]:
+        return [(self.dataset, model, name, self.seed) for model, name in self.condition.dependencies]
 
-    def folder(self, settings: GridArguments, other: tuple[str, str] | None = None) -> Path:
-        """Where it writes; or another arm with the same data set and seed."""
-        model, name = other or (self.arm.model, self.arm.name)
+    def folder(self, experiment: ExperimentArguments, other: tuple[str, str] | None = None) -> Path:
+        """The output directory of the run, or of another model and condition with the same data set and seed."""
+        model, name = other or (self.condition.model, self.condition.name)
         name = name.replace(", ", "_").replace(" ", "_").replace("'", "")
-        return settings.folder / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
+        return experiment.folder / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
 
-    def settings(self, grid: GridArguments) -> SLArguments | RLArguments:
-        """The settings of the program that it runs."""
-        mine, arm = self.folder(grid), self.arm
-        start = self.folder(grid, (arm.model, "baseline")) if arm.starts_from_baseline else mine
+    def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments:
+        """The settings of its program."""
+        condition, folder = self.condition, self.folder(experiment)
+        pretrain = self.folder(experiment, (condition.model, "baseline")) if condition.starts_from_baseline else folder
         shared: dict[str, Any] = {
-            "dataset_name": self.dataset, "dataset_path": grid.dataset_path, "seed": self.seed, "save_dir": str(mine),
-            "pretrain_path": str(start), "embed_dim": grid.embed_dim,
-            "expert_num": grid.expert_num, "feature_map_rate": grid.feature_map_rate}
-        if arm.program == "RLmain.py":
+            "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,
+            "save_dir": str(folder), "pretrain_path": str(pretrain), "embed_dim": experiment.embed_dim,
+            "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate}
+        if condition.program == "RLmain.py":
             return RLArguments(**shared, **{
-                "actor_name": arm.model, "memory_path": str(mine / "memory.npz"), "batch_size": grid.critic_batch,
-                "epoch_updates": grid.critic_updates, "epoch": grid.critic_epoch, **arm.changes})
-        if arm.critics:
-            shared |= {"critic_dir": str(self.folder(grid, arm.critics)), "critic_model": arm.critics[0]}
-        return SLArguments(**shared, **{"model_name": arm.model, "learning_rate": grid.learning_rate,
-                                        "epoch": grid.epoch, **arm.changes})
+                "actor_name": condition.model, "memory_path": str(folder / "memory.npz"),
+                "batch_size": experiment.critic_batch, "epoch_updates": experiment.critic_updates,
+                "epoch": experiment.critic_epoch, **condition.overrides})
+        if condition.critics:
+            shared |= {"critic_dir": str(self.folder(experiment, condition.critics)),
+                       "critic_model": condition.critics[0]}
+        return SLArguments(**shared, **{"model_name": condition.model, "learning_rate": experiment.learning_rate,
+                                        "epoch": experiment.epoch, **condition.overrides})

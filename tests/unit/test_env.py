@@ -73,7 +73,7 @@ def test_mo_gymnasiums_linear_reward_wraps_it(train: RetailRocketRLDataset, rewa
     assert reward == pytest.approx(0.25 * expected[0] + 0.75 * expected[1], rel=1e-6)
 
 
-def test_a_step_gives_the_five_tuple_within_the_declared_spaces(train: RetailRocketRLDataset) -> None:
+def test_step_returns_are_in_the_spaces(train: RetailRocketRLDataset) -> None:
     for reward_type in REWARDS:
         for is_seq in (False, True):
             env = MTEnv(train, reward_type, is_seq=is_seq)
@@ -114,7 +114,7 @@ def test_an_unknown_reward_type_is_refused() -> None:
     assert "bce, norm" in complaint(lambda: MTEnv(handmade([2]), "mse"))  # type: ignore[arg-type]
 
 
-def test_an_episode_ends_at_its_sessions_last_row_and_only_there() -> None:
+def test_episode_ends_at_the_sessions_last_row() -> None:
     env = MTEnv(handmade([2, 1, 4]), is_test=True)
     for length, first in ((2, 0), (1, 2), (4, 3), (2, 0)):  # is_test: in order of time, again and again
         observation, info = env.reset()
@@ -129,7 +129,7 @@ def test_an_episode_ends_at_its_sessions_last_row_and_only_there() -> None:
         assert info["session"] == env.sessions.session[first]
 
 
-def test_label_and_reward_are_those_of_the_impression_that_was_shown() -> None:
+def test_reward_is_of_the_shown_impression() -> None:
     labels = [[0, 0], [1, 0], [1, 1]]
     env = MTEnv(handmade([3], labels), "norm")
     env.reset()
@@ -139,7 +139,7 @@ def test_label_and_reward_are_those_of_the_impression_that_was_shown() -> None:
         assert reward.tolist() == pytest.approx([-abs(0.2 - y) for y in label])
 
 
-def test_what_a_step_returned_can_be_written_to_without_harm() -> None:
+def test_step_returns_are_copies() -> None:
     """Whoever keeps observations, labels and actions owns them; and the caller may reuse its array of actions."""
     env, action = MTEnv(handmade([2], [[1, 0], [0, 1]])), np.full(2, 0.25, np.float32)
     observation, _ = env.reset()
@@ -171,7 +171,7 @@ def test_reset_takes_a_session_or_a_seed() -> None:
     assert len(set(drawn(5))) > 10
 
 
-def test_a_window_shows_the_session_so_far_and_nothing_of_another() -> None:
+def test_window_contains_only_its_session() -> None:
     env = MTEnv(handmade([2, 4]), is_test=True, is_seq=True, window=3)
     nothing = [-1, -1, 0, 0]
 
@@ -188,7 +188,7 @@ def test_a_window_shows_the_session_so_far_and_nothing_of_another() -> None:
 
 @pytest.mark.parametrize("num_envs", [1, 3, 64, 100_000])
 @pytest.mark.parametrize(("reward_type", "is_seq"), [("bce", False), ("norm", True)])
-def test_the_vector_environment_gives_the_transitions_of_the_single_one(
+def test_vector_env_equals_single_env(
         train: RetailRocketRLDataset, num_envs: int, reward_type: RewardType, is_seq: bool) -> None:
     """Step for step, every session exactly once, in a pass over all of them in any order."""
     single = MTEnv(train, reward_type, is_seq=is_seq, window=4)
@@ -235,7 +235,7 @@ def test_the_normaliser_maps_actions_once() -> None:
 @pytest.mark.parametrize("reward_type", REWARDS)
 @pytest.mark.parametrize("wrappers", ["", "normaliser", "limit", "normaliser limit", "limit normaliser",
                                       "normaliser linear", "statistics normaliser", "normaliser statistics limit"])
-def test_the_reward_reported_is_that_of_the_action_reported(train: RetailRocketRLDataset, reward_type: RewardType,
+def test_info_has_the_rewarded_action(train: RetailRocketRLDataset, reward_type: RewardType,
                                                             wrappers: str) -> None:
     """The pair that goes into a replay memory, for every combination of wrappers around the environment."""
     env: gym.Env[Any, Any] = MTEnv(train, reward_type)

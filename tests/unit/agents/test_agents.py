@@ -79,7 +79,7 @@ def test_single_and_batched_storing_agree(count: int) -> None:
             np.testing.assert_array_equal(single.data[name][at], value[source])
 
 
-def test_after_a_full_ring_the_oldest_is_overwritten_next() -> None:
+def test_full_buffer_overwrites_the_oldest() -> None:
     memory = buffer(10)
     memory.store(**transitions(25))
     memory.store(**{name: value[:1] - 1 for name, value in transitions(1).items()})
@@ -109,7 +109,7 @@ def test_sampling_is_reproduced_by_the_seed() -> None:
     assert drawn[0] != drawn[2]
 
 
-def test_sampling_does_not_cost_more_in_a_larger_memory() -> None:
+def test_sampling_time_is_independent_of_size() -> None:
     """A permutation of the whole memory would cost 100 times as much."""
     times = []
     for size in (10_000, 1_000_000):
@@ -127,7 +127,7 @@ def test_sampling_does_not_cost_more_in_a_larger_memory() -> None:
 MEMORY = {"data": "abc", "reward_type": "bce", "field_dims": [3, 4]}
 
 
-def test_a_memory_is_read_back_as_it_was(tmp_path: Path) -> None:
+def test_buffer_file_round_trip(tmp_path: Path) -> None:
     memory, path = buffer(10, filled=8), tmp_path / "memory.npz"
     memory.store(**transitions(6, seed=1))
     memory.save(path, MEMORY)
@@ -159,7 +159,7 @@ def test_a_memory_of_another_version_is_refused(tmp_path: Path, monkeypatch: pyt
     assert "version" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
 
-def test_a_memory_that_is_too_large_empty_or_of_other_shape_is_refused(tmp_path: Path) -> None:
+def test_buffer_file_of_other_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "memory.npz"
     buffer(filled=60).save(path, MEMORY)
     assert "60" in complaint(lambda: buffer(20).load(path, MEMORY))
@@ -171,7 +171,7 @@ def test_a_memory_that_is_too_large_empty_or_of_other_shape_is_refused(tmp_path:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["state", "reward", "done"])
-def test_a_memory_with_numbers_that_are_not_finite_is_refused(tmp_path: Path, name: str, bad: float) -> None:
+def test_buffer_file_with_nan_is_refused(tmp_path: Path, name: str, bad: float) -> None:
     memory = buffer(filled=6)
     memory.data[name][3] = bad
     memory.save(tmp_path / "memory.npz", MEMORY)
@@ -186,14 +186,14 @@ def saved_bytes() -> bytes:
 
 
 @pytest.mark.parametrize("following", ["3", None, -1, 7, 1.5], ids=str)
-def test_a_memory_that_goes_on_nowhere_is_refused(tmp_path: Path, following: Any) -> None:
+def test_buffer_file_with_bad_pointer_is_refused(tmp_path: Path, following: Any) -> None:
     memory = buffer(filled=6)
     memory.ptr = following
     memory.save(tmp_path / "memory.npz", MEMORY)
     assert "the next one at" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
 
-def test_a_memory_without_a_checksum_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_buffer_file_without_checksum_is_refused(tmp_path: Path) -> None:
     whole = saved_bytes()
     (tmp_path / "old.npz").write_bytes(whole[:-CHECKSUM_LENGTH - 2] + bytes(2))
     text = complaint(lambda: buffer().load(tmp_path / "old.npz", MEMORY))
@@ -214,7 +214,7 @@ DIRECTORY = saved_bytes().index(b"PK\x01\x02")  # of the archive: + 6 the versio
 @example(at=DIRECTORY + 6, flip=128)
 @example(at=DIRECTORY + 8, flip=1)
 @given(at=st.integers(0, len(saved_bytes()) - 1), flip=st.integers(1, 255))
-def test_a_damaged_memory_is_refused_or_read_as_it_was(tmp_path_factory: pytest.TempPathFactory, at: int,
+def test_corrupt_buffer_file_is_refused_or_unchanged(tmp_path_factory: pytest.TempPathFactory, at: int,
                                                        flip: int) -> None:
     """Whatever byte is wrong; bytes that no reader looks at may be."""
     damaged, path = bytearray(saved_bytes()), tmp_path_factory.getbasetemp() / "damaged.npz"
@@ -267,7 +267,7 @@ def chain(sessions: int = 40) -> RetailRocketRLDataset:
 
 
 @pytest.mark.parametrize("reward_type", REWARDS)
-def test_both_critics_find_the_return_of_a_two_state_chain(tmp_path: Path, reward_type: RewardType) -> None:
+def test_critics_learn_returns_of_two_state_chain(tmp_path: Path, reward_type: RewardType) -> None:
     """Q(s1, a) = r(a, y1) and Q(s0, a) = r(a, y0) + gamma r(actor(s1), y1), within 2 % for all actions stored."""
     agent = make_agent(tmp_path, chain(), reward_type=reward_type, batch_size=80, drop_out=0.0,
                        bottom_mlp_dims=(64, 32), tower_mlp_dims=(32, 32))
@@ -314,7 +314,7 @@ class Probe(nn.Module):
 
 
 @pytest.mark.parametrize(("current", "target"), [(-0.3, -0.7), (-0.7, -0.3)])
-def test_the_target_takes_the_smaller_of_target_and_current_critic(tmp_path: Path, current: float,
+def test_td3_target_takes_the_smaller_q(tmp_path: Path, current: float,
                                                                    target: float) -> None:
     agent = uniform(make_agent(tmp_path, handmade([2, 3, 1]), gamma=0.5))
     batch = sample(agent)
@@ -347,7 +347,7 @@ def test_nothing_is_bootstrapped_past_a_sessions_end(tmp_path: Path) -> None:
     assert not torch.equal(agent.td3_target(0, critic, target, batch), targets[0][:, 0])
 
 
-def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path,
+def test_td3_target_noise_and_action_are_clipped(tmp_path: Path,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 60), batch_size=180))
     batch, probe = sample(agent), Probe(0.0).eval()
@@ -365,7 +365,7 @@ def test_the_target_policys_noise_is_clipped_and_so_is_its_action(tmp_path: Path
         assert 0 <= float(probe.asked.min()) < float(probe.asked.max()) <= 1
 
 
-def test_the_critic_loss_is_the_weighted_squared_td_error(tmp_path: Path) -> None:
+def test_critic_loss_is_weighted_squared_td_error(tmp_path: Path) -> None:
     agent = uniform(make_agent(tmp_path, handmade([1] * 8), drop_out=0.0))
     batch = sample(agent)
     batch["weight"] = torch.rand(8, 2)
@@ -396,7 +396,7 @@ def test_ids_reach_the_critics_as_they_are(tmp_path: Path, cls: type[DDPG_ESMM])
     np.testing.assert_array_equal(batch["next_categorical_x"], dataset.categorical[following])
 
 
-def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: Path) -> None:
+def test_normalization_is_saved_with_the_critic(tmp_path: Path) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=60))
     assert isinstance(agent, DDPG_ESMM_BC)
     memory = agent.memory.storage.copy()
@@ -423,7 +423,7 @@ def test_normalisation_touches_numbers_only_and_goes_with_the_critic(tmp_path: P
     torch.testing.assert_close(plain.eval().pre_activation(ids, (n - mean) / std, action), q, rtol=1e-4, atol=1e-4)
 
 
-def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bc_predicts_next_states_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its predictions are those of asking again; they are dropped as soon as the memory has changed."""
     monkeypatch.setattr(importlib.import_module("agents.DDPG_ESMM_BC"), "INFERENCE_BATCH", 7)
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), memory_size=200, batch_size=30))
@@ -435,7 +435,7 @@ def test_the_actor_is_asked_about_next_states_once(tmp_path: Path, monkeypatch: 
     assert "next_prediction" not in sample(agent)
 
 
-def test_ips_weights_are_inverse_shares_of_the_label_and_have_mean_1(tmp_path: Path) -> None:
+def test_ips_weights_are_inverse_label_frequencies(tmp_path: Path) -> None:
     labels = [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
     for cls in (DDPG_ESMM_multiweight, DDPG_ESMM_BC):
         agent = uniform(make_agent(tmp_path, handmade([8], labels), cls, ips=True))
@@ -447,7 +447,7 @@ def test_ips_weights_are_inverse_shares_of_the_label_and_have_mean_1(tmp_path: P
         assert torch.equal(sample(agent)["weight"], torch.ones(8, 2))
 
 
-def test_plain_ddpg_weighs_a_sample_by_its_labels_together(tmp_path: Path) -> None:
+def test_ddpg_ips_weights_are_joint(tmp_path: Path) -> None:
     """1 / (K P(y)): here three kinds of labels, one weight for both tasks, and mean 1."""
     labels = [[1, 1], [1, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]
     batch = sample(uniform(make_agent(tmp_path, handmade([8], labels), DDPG_ESMM, ips=True)))
@@ -494,7 +494,7 @@ def test_exploration_noise_spreads_over_the_unit_interval(tmp_path: Path) -> Non
 # ----------------------------------------------------------------------------------------------------------- updates
 
 
-def test_the_bc_agents_update_moves_critics_and_never_the_actor(tmp_path: Path) -> None:
+def test_bc_update_trains_critics_only(tmp_path: Path) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), init_training_step=0, actor_update_freq=1))
     before = {name: weights(network) for name, network in agent.networks().items()}
     for _ in range(6):
@@ -503,7 +503,7 @@ def test_the_bc_agents_update_moves_critics_and_never_the_actor(tmp_path: Path) 
         assert same(weights(network), before[name]) != name.startswith("critic"), name
 
 
-def test_an_actor_that_moves_is_asked_anew_about_next_states(tmp_path: Path) -> None:
+def test_td3bc_predicts_next_states_every_update(tmp_path: Path) -> None:
     """Also about a batch that the agent looked at before; its target follows it."""
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), TD3BC_ESMM, init_training_step=0, actor_update_freq=1))
     target = weights(agent.actor_target)
@@ -516,7 +516,7 @@ def test_an_actor_that_moves_is_asked_anew_about_next_states(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("cls", [DDPG_ESMM, DDPG_ESMM_multiweight, TD3BC_ESMM])
-def test_ddpg_trains_the_actor_after_its_first_steps_and_at_times(tmp_path: Path, cls: type[DDPG_ESMM]) -> None:
+def test_ddpg_trains_actor_after_init_training_step(tmp_path: Path, cls: type[DDPG_ESMM]) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), cls, init_training_step=4, actor_update_freq=3))
     pretrained, moved = weights(agent.pretrain_actor), []
     for number in range(1, 13):
@@ -608,7 +608,7 @@ def gradient(critic: CriticNeg, batch: Tensors) -> float:
     return sum(float(one.grad.abs().sum()) for one in critic.parameters() if one.grad is not None)
 
 
-def test_a_critic_is_alive_at_its_start_and_can_be_brought_back(tmp_path: Path) -> None:
+def test_critic_starts_active_and_head_resets(tmp_path: Path) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 20), batch_size=60))
     batch = sample(agent)
 
@@ -652,7 +652,7 @@ def test_the_seven_networks_are_saved_and_read_back(tmp_path: Path) -> None:
         assert same(weights(network), weights(other.networks()[name])), name
 
 
-def test_a_state_dict_carries_all_that_the_next_update_depends_on(tmp_path: Path) -> None:
+def test_agent_state_dict_restores_the_next_update(tmp_path: Path) -> None:
     """Two agents, the second made anew in the midst of it, end the same bit for bit."""
     def continued(agent: DDPG_ESMM) -> list[Tensor]:
         torch.manual_seed(5)
@@ -693,7 +693,7 @@ def test_networks_of_other_field_sizes_are_refused(tmp_path: Path) -> None:
     assert "its field_dims is [3, 4], not [3, 9]" in complaint(lambda: DDPG_ESMM_BC(env, pretrain_path=tmp_path))
 
 
-def test_a_missing_baseline_names_the_command_that_makes_it(tmp_path: Path) -> None:
+def test_missing_baseline_error_names_the_command(tmp_path: Path) -> None:
     env = MTEnv(handmade([2]))
     text = complaint(lambda: DDPG_ESMM_BC(env, "ple", pretrain_path=str(tmp_path)))
     assert "python3 SLmain.py --model_name=ple" in text

@@ -35,7 +35,7 @@ def assert_close(one: Tensor, two: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- embedding
 
 
-def test_one_table_is_the_same_as_a_table_a_field() -> None:
+def test_one_table_equals_a_table_per_field() -> None:
     layer = EmbeddingLayer(FEW, 4)
     tables = [nn.Embedding.from_pretrained(part) for part in layer.embedding.weight.detach().split(FEW)]
     ids, _ = batch(FEW)
@@ -227,7 +227,7 @@ def plain_score(critic: Critic, ids: Tensor, numbers: Tensor, action: Tensor) ->
 
 @pytest.mark.parametrize("bottom", [(8,), (8, 7), (8, 7, 6)], ids=len)
 @pytest.mark.parametrize("field_dims", [FEW, MANY], ids=["small tables", "large tables"])
-def test_a_critic_is_one_network_on_state_and_action(field_dims: list[int], bottom: tuple[int, ...]) -> None:
+def test_critic_equals_one_network_on_concatenation(field_dims: list[int], bottom: tuple[int, ...]) -> None:
     critic = Critic(field_dims, NUMBERS, 4, bottom, (5, 3), dropout=0.3).eval()
     ids, numbers = batch(field_dims)
     action = torch.rand(ROWS, 1)
@@ -235,7 +235,7 @@ def test_a_critic_is_one_network_on_state_and_action(field_dims: list[int], bott
     assert critic(ids, numbers, action).shape == (ROWS,)
 
 
-def test_a_critic_normalises_its_numbers_as_it_is_told() -> None:
+def test_critic_normalizes_with_its_buffers() -> None:
     critic = Critic(FEW, NUMBERS, 4, (8,), (5,), dropout=0.0).eval()
     ids, numbers = batch(FEW)
     action = torch.rand(ROWS, 1)
@@ -261,7 +261,7 @@ def critic_neg(seed: int) -> tuple[CriticNeg, Tensor]:
 
 
 @given(seed=st.integers(0, 10_000))
-def test_a_critic_of_negative_rewards_is_never_positive_and_starts_alive(seed: int) -> None:
+def test_critic_neg_is_never_positive(seed: int) -> None:
     critic, q = critic_neg(seed)
     assert (q <= 0).all()
     assert zero_fraction(q) == 0.0
@@ -270,7 +270,7 @@ def test_a_critic_of_negative_rewards_is_never_positive_and_starts_alive(seed: i
     assert critic.first.weight.grad.abs().max() > 0
 
 
-def test_minus_relu_is_all_that_a_critic_of_negative_rewards_adds() -> None:
+def test_critic_neg_is_minus_relu_of_critic() -> None:
     critic = CriticNeg(FEW, NUMBERS, 8, (32, 24), (16, 12), dropout=0.0)
     assert critic.tower.output is not None
     ids, numbers = batch(FEW)
@@ -282,7 +282,7 @@ def test_minus_relu_is_all_that_a_critic_of_negative_rewards_adds() -> None:
     assert torch.equal(critic(ids, numbers, action), -score.clamp(min=0))
 
 
-def test_the_gradient_of_q_is_that_of_the_projection_onto_what_is_not_positive() -> None:
+def test_neg_relu_gradient_is_the_projections() -> None:
     z = torch.tensor([2.0, 2.0, -1.0, -1.0], requires_grad=True)
     q = NegReLU.apply(z)
     assert torch.equal(q, torch.tensor([-2.0, -2.0, 0.0, 0.0]))
@@ -290,7 +290,7 @@ def test_the_gradient_of_q_is_that_of_the_projection_onto_what_is_not_positive()
     assert torch.equal(z.grad, torch.tensor([-2.0, 2.0, -6.0, 0.0]))
 
 
-def test_a_critic_beyond_0_comes_back_to_its_targets() -> None:
+def test_collapsed_critic_recovers_its_targets() -> None:
     """The ReLU alone would stay at 0 for ever."""
     critic, _ = critic_neg(seed=0)
     assert critic.tower.output is not None
@@ -307,7 +307,7 @@ def test_a_critic_beyond_0_comes_back_to_its_targets() -> None:
     assert float((critic.eval()(ids, numbers, action).detach() + 0.06).abs().mean()) < 0.02
 
 
-def test_a_critic_of_zeros_is_seen_and_can_be_revived() -> None:
+def test_zero_fraction_and_head_reset() -> None:
     critic, _ = critic_neg(seed=0)
     assert critic.tower.output is not None
     ids, numbers = batch(FEW)

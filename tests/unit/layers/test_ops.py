@@ -39,7 +39,7 @@ def gradients(y: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((y * torch.linspace(-1, 2, y.numel(), dtype=y.dtype).view_as(y)).sum(), of)
 
 
-def test_field_linear_equals_a_linear_layer_over_the_concatenation() -> None:
+def test_field_linear_equals_linear_on_concatenation() -> None:
     ids, tensors = inputs(torch.float32)
     y = FieldLinear.apply(FieldLookup(ids, sum(FIELD_DIMS)), FIELD_DIMS, *tensors)
     expected = plain(ids, *tensors)
@@ -55,7 +55,7 @@ def test_field_linear_passes_gradcheck_in_double_precision() -> None:
 
 
 @pytest.mark.parametrize("rows", [3, 50])
-def test_fields_linear_is_the_same_on_both_sides_of_its_choice(rows: int) -> None:
+def test_lazy_linear_is_equal_on_both_paths(rows: int) -> None:
     """With few rows the plain product is taken, with many the kernel; nobody can tell."""
     source = FeatureEmbedding(FIELD_DIMS, N, D)
     ids = torch.stack([torch.arange(rows) % dim for dim in FIELD_DIMS], dim=1)
@@ -96,7 +96,7 @@ def test_a_large_product_is_a_linear_layer(onednn: bool, contiguous: bool) -> No
 
 
 @pytest.mark.parametrize(("rows", "inputs"), [(300, 260), (5, 7)], ids=["large", "small"])
-def test_an_expert_product_is_a_linear_layer_for_each_expert(onednn: bool, rows: int, inputs: int) -> None:
+def test_grouped_linear_equals_linear_per_expert(onednn: bool, rows: int, inputs: int) -> None:
     h, weight, bias = torch.randn(rows, 3 * inputs), torch.randn(3, 130, inputs), torch.randn(3, 130)
     leaves = [one.requires_grad_() for one in (h, weight, bias)]
     assert ops._onednn_is_faster(h, 130, inputs) is (onednn and rows == 300)
@@ -109,7 +109,7 @@ def test_the_mixtures_gradient_passes_gradcheck() -> None:
     assert torch.autograd.gradcheck(GatedSum.apply, (gates.requires_grad_(), bank.requires_grad_()))
 
 
-def test_relu_dropout_is_the_same_for_any_size_of_its_blocks_where_nothing_is_dropped() -> None:
+def test_relu_dropout_is_independent_of_chunk_size() -> None:
     """Every row is written, the last, smaller block included."""
     x = torch.randn(ops.CHUNK_SIZE // 512 * 2 + 3, 512, requires_grad=True)
     p = 1e-9  # rounds to none dropped

@@ -72,7 +72,7 @@ def padded(ids: Tensor, numbers: Tensor, window: int, of: float = 0.0) -> tuple[
 
 @with_encoders
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_session_of_three_is_the_same_in_every_window(encoder: str, rows: int) -> None:
+def test_result_is_independent_of_padding(encoder: str, rows: int) -> None:
     wide, narrow = encoded_model(encoder, 10).eval(), encoded_model(encoder, 5).eval()
     narrow.load_state_dict({name: value[:5] if name == "encoder.age.weight" else value
                             for name, value in wide.state_dict().items()})
@@ -83,14 +83,14 @@ def test_a_session_of_three_is_the_same_in_every_window(encoder: str, rows: int)
 
 
 @with_encoders
-def test_a_window_does_not_depend_on_the_batch_around_it(encoder: str) -> None:
+def test_window_is_independent_of_its_batch(encoder: str) -> None:
     model, parts = encoded_model(encoder, 6).eval(), [padded(*session(rows), 6) for rows in (1, 6, 3, 2)]
     whole = model(*(torch.cat(list(one)) for one in zip(*parts, strict=True)))
     torch.testing.assert_close(whole, torch.cat([model(*one) for one in parts]), rtol=0, atol=1e-6)
 
 
 @with_encoders
-def test_what_was_shown_and_in_which_order_matters(encoder: str) -> None:
+def test_encoder_depends_on_items_and_their_order(encoder: str) -> None:
     model, (ids, numbers) = encoded_model(encoder, 4).eval(), session(4)
     answer = model(ids, numbers)
     for place in range(3):
@@ -105,7 +105,7 @@ def test_what_was_shown_and_in_which_order_matters(encoder: str) -> None:
 
 
 @with_encoders
-def test_gradients_reach_the_encoder_and_the_rows_of_the_table_that_were_shown(encoder: str) -> None:
+def test_gradients_reach_encoder_and_shown_embedding_rows(encoder: str) -> None:
     """Of the shared table, those in the window and no others: padding embeds nothing, not even id 0."""
     model, (ids, numbers) = encoded_model(encoder, 9), padded(*session(3), 9)
     model.encoder(model.input_layer(0).embedding, ids, numbers)[1].sum().backward()
@@ -118,7 +118,7 @@ def test_gradients_reach_the_encoder_and_the_rows_of_the_table_that_were_shown(e
 
 
 @with_encoders
-def test_the_gradient_is_that_of_plain_torch(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_gradients_equal_plain_torch(encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through windows, the shared table and the context, as numbers of the fused first layer."""
     model = encoded_model(encoder, 4)
     parts = [padded(*session(rows), 4) for rows in (1, 3, 4, 2, 4, 4)]
@@ -138,7 +138,7 @@ def test_the_gradient_is_that_of_plain_torch(encoder: str, monkeypatch: pytest.M
 
 @with_encoders
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "metaheac"])
-def test_every_model_can_see_the_session(encoder: str, name: str) -> None:
+def test_every_model_trains_behind_an_encoder(encoder: str, name: str) -> None:
     model = encoded_model(encoder, 5, name, dropout=0.2)
     batch = [torch.cat(list(one)) for one in zip(*(padded(*session(rows), 5) for rows in (1, 2, 5)), strict=True)]
     predictions = model(*batch)
@@ -152,7 +152,7 @@ def test_every_model_can_see_the_session(encoder: str, name: str) -> None:
                                predictions.shape)
 
 
-def test_metaheac_refuses_an_encoder_and_the_calibrator_passes_through_one() -> None:
+def test_encoder_delegates_losses_and_metaheac_refuses_it() -> None:
     assert "MetaHeac" in complaint(lambda: get_model("metaheac", FIELD_DIMS, NUMBERS, 2, 4, EMBED, encoder="gru"))
     model = get_model("aitm", FIELD_DIMS, NUMBERS, 2, 4, EMBED, 0.0, 0.7, "gru", 4)
     assert isinstance(model, SequenceModel)
@@ -182,7 +182,7 @@ lengths_of = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
 @given(lengths=lengths_of, window=st.integers(1, 9), seed=st.one_of(st.none(), st.integers(0, 9)))
-def test_batches_give_what_the_environment_observes(lengths: list[int], window: int, seed: int | None) -> None:
+def test_loader_windows_equal_environment_observations(lengths: list[int], window: int, seed: int | None) -> None:
     dataset = windows_of(lengths)
     loader = TensorLoader(dataset, 4, seed=seed, window=window)
     order = np.arange(len(dataset)) if seed is None else np.random.default_rng([seed, 0]).permutation(len(dataset))
@@ -194,7 +194,7 @@ def test_batches_give_what_the_environment_observes(lengths: list[int], window: 
 
 
 @given(lengths=lengths_of, window=st.integers(1, 9), seed=st.integers(0, 9), data=st.data())
-def test_neither_later_rows_nor_labels_nor_other_sessions_change_a_window(lengths: list[int], window: int, seed: int,
+def test_window_has_no_leakage(lengths: list[int], window: int, seed: int,
                                                                           data: st.DataObject) -> None:
     one, other = windows_of(lengths, seed), windows_of(lengths, seed + 100)
     row = data.draw(st.integers(0, len(one) - 1))
@@ -206,7 +206,7 @@ def test_neither_later_rows_nor_labels_nor_other_sessions_change_a_window(length
 
 
 @given(lengths=lengths_of, window=st.integers(1, 5), seed=st.integers(0, 9))
-def test_distinct_windows_are_what_numpy_finds(lengths: list[int], window: int, seed: int) -> None:
+def test_unique_windows_equal_numpy_unique(lengths: list[int], window: int, seed: int) -> None:
     dataset, rng = windows_of(lengths), np.random.default_rng(seed)
     dataset.set_ids(rng.integers(2, size=(len(dataset), 1)), [2])
     dataset.numerical = np.zeros((len(dataset), 1), np.float32)
@@ -218,7 +218,7 @@ def test_distinct_windows_are_what_numpy_finds(lengths: list[int], window: int, 
 
 
 @with_encoders
-def test_an_encoder_learns_what_features_cannot_say(encoder: str) -> None:
+def test_encoder_learns_what_features_cannot(encoder: str) -> None:
     """A click is which of two items was met two rows before, a coin in a session's first two rows; items are drawn
     alone. The best AUC that there is: a click from the three quarters of the rows that can be known is always above,
     one of the others above three quarters and level with the last."""
@@ -264,7 +264,7 @@ def agent_of(folder: Path, encoder: str, critic_encoder: str, lengths: list[int]
 
 @pytest.mark.parametrize(("encoder", "critic_encoder"), [("gru", "gru"), ("attention", "attention"), ("none", "gru"),
                                                          ("gru", "none"), ("gru", "attention")])
-def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encoder: str, critic_encoder: str) -> None:
+def test_agent_with_encoder_stores_windows_and_learns(tmp_path: Path, encoder: str, critic_encoder: str) -> None:
     agent = agent_of(tmp_path, encoder, critic_encoder, [1, 3, 5, 2])
     assert isinstance(agent, DDPG_ESMM_BC)
     dataset = windows_of([1, 3, 5, 2])
@@ -304,7 +304,7 @@ def test_an_agent_meets_windows_remembers_them_and_learns(tmp_path: Path, encode
 
 
 @with_encoders
-def test_ddpg_trains_the_actors_encoder_through_the_critics(tmp_path: Path, encoder: str) -> None:
+def test_ddpg_trains_the_encoder_through_the_critics(tmp_path: Path, encoder: str) -> None:
     agent = agent_of(tmp_path, encoder, encoder, [1, 3, 5, 2], cls=DDPG_ESMM, init_training_step=0)
     one_iter_offline(agent)
     assert isinstance(agent.actor, SequenceModel)
@@ -314,7 +314,7 @@ def test_ddpg_trains_the_actors_encoder_through_the_critics(tmp_path: Path, enco
     assert not torch.equal(agent.actor.encoder.step.weight, before)
 
 
-def test_a_critic_that_sees_the_session_starts_from_an_actor_of_its_kind() -> None:
+def test_critic_encoder_starts_from_actor_encoder() -> None:
     """Where the actor sees none, from its embedding and its layer of numbers alone."""
     critic = make_critic("gru", 3, FIELD_DIMS, NUMBERS, *SIZES)
     fresh = [one.clone() for one in critic.input.numerical.weight.split([NUMBERS, CONTEXT_DIM], dim=1)]
@@ -323,7 +323,7 @@ def test_a_critic_that_sees_the_session_starts_from_an_actor_of_its_kind() -> No
     assert torch.equal(critic.input.numerical.weight[:, NUMBERS:], fresh[1])
 
 
-def test_a_critic_weights_a_model_that_does_not_see_what_it_sees() -> None:
+def test_critics_with_encoder_weight_model_without() -> None:
     """The model takes the present impression of the window; the weights are those of asking each with its own."""
     model, critics = build("esmm", FIELD_DIMS, NUMBERS, *SIZES, 2, 2, 0.0), []
     for _ in range(2):
@@ -371,7 +371,7 @@ def shop(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_three_commands_with_an_encoder_leave_the_plain_files_alone(
+def test_encoder_runs_leave_plain_files_unchanged(
         shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(shop)
     sees: dict[str, Any] = {"encoder": "gru", "window": 4, "memory_path": "pretrain/memory_gru.npz"}
@@ -397,7 +397,7 @@ def test_the_three_commands_with_an_encoder_leave_the_plain_files_alone(
     assert "MetaHeac" in complaint(lambda: model_run(**seen, model_name="metaheac"))
 
 
-def test_critics_that_see_the_session_weight_a_model_that_does_not(
+def test_critic_encoder_runs_leave_plain_files_unchanged(
         shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(shop)
     sees: dict[str, Any] = {"critic_encoder": "attention", "window": 4}
@@ -413,7 +413,7 @@ def test_critics_that_see_the_session_weight_a_model_that_does_not(
     assert "critic_window is 4, not 5" in complaint(lambda: model_run(**{**sees, "window": 5}, polish_lambda=1.0))
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_bytes(shop: Path, tmp_path: Path) -> None:
+def test_killed_encoder_run_resumes_to_same_bytes(shop: Path, tmp_path: Path) -> None:
     model_run(encoder="gru", epoch=3, pretrain_path=str(tmp_path / "p"), save_dir=str(tmp_path / "s"))
     folder = shop / "chkpt/SL/rt_esmm_gru"
     flags = [*(f"--{name}={value}" for name, value in TINY.items()), "--epoch=3", "--encoder=gru"]

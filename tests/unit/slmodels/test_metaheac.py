@@ -40,7 +40,7 @@ def test_the_prediction_step_by_step() -> None:
         torch.testing.assert_close(model(ids, numbers)[:, task], p)
 
 
-def test_predictions_are_not_capped_by_the_number_of_critics() -> None:
+def test_metaheac_predictions_are_not_capped() -> None:
     """The published mean over critics could not pass 1 / 5."""
     model, (ids, numbers, _) = MetaHeac(*SIZES), batch()
     with torch.no_grad():
@@ -49,7 +49,7 @@ def test_predictions_are_not_capped_by_the_number_of_critics() -> None:
     assert model(ids, numbers).min() > 0.99
 
 
-def test_the_inner_step_is_one_gradient_step_and_leaves_the_model_alone() -> None:
+def test_inner_step_leaves_the_model_unchanged() -> None:
     model, (ids, numbers, labels) = MetaHeac(*SIZES), batch()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stepped = MetaHeac(*SIZES)
@@ -93,7 +93,7 @@ def test_the_outer_gradient_goes_through_the_inner_step(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("rows", [1, 7, 8])
 @pytest.mark.parametrize("polished", [False, True])
-def test_an_epoch_takes_the_outer_loss_of_each_batch(rows: int, polished: bool) -> None:
+def test_epoch_loss_is_the_outer_loss(rows: int, polished: bool) -> None:
     model, (ids, numbers, labels) = MetaHeac(*SIZES), batch(rows)
     half = (rows + 1) // 2
     weight = 2.0 if polished else 1.0

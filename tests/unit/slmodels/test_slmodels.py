@@ -83,7 +83,7 @@ def test_every_parameter_moves_in_one_step(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_id_0_of_every_field_moves_in_one_step(name: str) -> None:
+def test_id_0_of_every_field_trains(name: str) -> None:
     model = make(name)
     inputs = [module for module in model.modules() if isinstance(module, FeatureEmbedding)]
     starts = [0, *torch.tensor(FIELD_DIMS).cumsum(0)[:-1].tolist()]
@@ -105,7 +105,7 @@ def test_evaluation_is_deterministic_and_training_is_not(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prediction_does_not_depend_on_the_rest_of_the_batch(name: str) -> None:
+def test_prediction_is_independent_of_the_batch(name: str) -> None:
     """Also where a batch is so small that the first layer is computed another way."""
     model = make(name, dropout=0.5).eval()
     ids, numbers = batch()
@@ -154,7 +154,7 @@ def test_a_calibrator_is_for_aitm_alone(name: str) -> None:
 
 
 @given(seed=st.integers(0, 10_000), scale=st.floats(0.01, 30.0))
-def test_in_esmm_a_conversion_is_never_likelier_than_a_click(seed: int, scale: float) -> None:
+def test_esmm_ctcvr_is_at_most_ctr(seed: int, scale: float) -> None:
     torch.manual_seed(seed)
     model = ESMM(*SIZES, 0.0)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_esmm_is_the_product_of_two_rates() -> None:
     torch.testing.assert_close(model(*x), torch.stack([p_ctr, p_ctr * p_cvr], dim=1))
 
 
-def test_in_esmm_the_conversion_loss_trains_the_click_tower() -> None:
+def test_esmm_conversion_loss_trains_click_tower() -> None:
     model = ESMM(*SIZES, 0.0)
     predictions = model(*batch())
     assert min(gradients(predictions[:, 1].sum(), model.towers[0])) > 0
@@ -277,7 +277,7 @@ def levels(model: PLE) -> list[Extraction]:
 
 
 @pytest.mark.parametrize(("task", "other"), [(0, 1), (1, 0)])
-def test_in_ple_the_loss_of_a_task_reaches_the_other_tasks_first_experts(ple: PLE, task: int, other: int) -> None:
+def test_ple_loss_reaches_other_tasks_first_experts(ple: PLE, task: int, other: int) -> None:
     """By way of the shared path, and by that alone: the last level's experts of the other task get nothing."""
     loss = ple(*batch())[:, task].sum()
     first, last = levels(ple)
@@ -286,7 +286,7 @@ def test_in_ple_the_loss_of_a_task_reaches_the_other_tasks_first_experts(ple: PL
     assert max(gradients(loss, first.task_gates[other])) == 0
 
 
-def test_in_ple_every_shared_gate_but_the_last_levels_trains() -> None:
+def test_ple_shared_gates_train() -> None:
     model = PLE(FIELD_DIMS, NUMBERS, EMBED, (12, 10, 8), TOWER, TASKS, EXPERTS, 0.0)
     *earlier, last = levels(model)
     assert last.shared_gate is None
@@ -297,7 +297,7 @@ def test_in_ple_every_shared_gate_but_the_last_levels_trains() -> None:
             assert min(gradients(loss, level.shared_gate)) > 0
 
 
-def test_in_ple_everything_of_a_task_gets_gradient_from_its_loss(ple: PLE) -> None:
+def test_ple_task_loss_reaches_all_task_parameters(ple: PLE) -> None:
     for task in range(TASKS):
         loss = ple(*batch())[:, task].sum()
         for level in levels(ple):
@@ -384,7 +384,7 @@ def test_the_calibrator_by_hand() -> None:
     assert float(model.calibration_loss(three)) == pytest.approx(0.6 * ((0.3 + 0.5) + 0.1) / 2)
 
 
-def test_the_calibrator_is_off_by_default_and_set_by_get_model() -> None:
+def test_calibrator_weight_is_0_unless_set() -> None:
     predictions = torch.tensor([[0.1, 0.9]])
     assert float(AITM(*SIZES, 0.0).calibration_loss(predictions)) == 0
     model = get_model("aitm", FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator_weight=0.5)

@@ -23,7 +23,7 @@ from train.memory_estimate import UNIT_BYTES, network_size
 DIMS = [100, 50, 7]
 
 
-def test_a_network_is_measured_without_being_made() -> None:
+def test_network_size_allocates_nothing() -> None:
     def make() -> torch.nn.Module:
         return build("esmm", DIMS, 6, 16, [32, 8], [4], 2, 4, 0.2)
 
@@ -126,7 +126,7 @@ def four_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("four_gib")
-def test_a_run_that_would_not_fit_is_refused_with_the_figure(tables: Path, tmp_path: Path,
+def test_run_larger_than_memory_is_refused(tables: Path, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = snapshot(tmp_path)

@@ -49,7 +49,7 @@ def split(rt_tables: Path) -> RetailRocketRLDataset:
 # ------------------------------------------------------------------------------------------------------ losses, weights
 
 
-def test_the_first_bad_loss_is_remembered_and_told_when_asked() -> None:
+def test_monitor_finds_the_first_nonfinite_loss() -> None:
     losses = [[1.0, 2.0], [1.0, float("nan")], [float("inf"), 1.0]]
     watch = NonFiniteMonitor("cpu", 100)
     assert watch.update(1, torch.tensor(losses[0])) is None
@@ -61,7 +61,7 @@ def test_the_first_bad_loss_is_remembered_and_told_when_asked() -> None:
 
 
 @pytest.mark.parametrize(("p", "y"), [(0.3, 1.0), (1.0, 0.0), (0.0, 1.0), (1e-9, 0.0), (0.0, 0.0)])
-def test_the_loss_and_its_gradient_are_torchs(p: float, y: float) -> None:
+def test_bce_loss_equals_torch(p: float, y: float) -> None:
     mine, torchs = (torch.tensor([p], requires_grad=True) for _ in range(2))
     loss, expected = bce_loss(mine, torch.tensor([y])), nn.BCELoss(reduction="none")(torchs, torch.tensor([y]))
     loss.sum().backward()
@@ -71,7 +71,7 @@ def test_the_loss_and_its_gradient_are_torchs(p: float, y: float) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_prediction_that_is_no_number_has_a_loss_that_is_none(value: float) -> None:
+def test_loss_of_nan_is_nan(value: float) -> None:
     assert torch.isnan(bce_loss(torch.tensor([[0.5, value]]), torch.ones(1, 2))).tolist() == [[False, True]]
 
 
@@ -87,7 +87,7 @@ class Weights:
         return {}
 
 
-def test_training_stops_at_the_batch_and_names_task_and_tensor(split: RetailRocketRLDataset) -> None:
+def test_nan_loss_error_names_task_and_tensor(split: RetailRocketRLDataset) -> None:
     model = build("esmm", split.field_dims, split.numerical_num, 8, [16, 8], [8], 2, 4, 0.2)
     loader = TensorLoader(split, 256, seed=1)
     loader.epoch = 7
@@ -114,7 +114,7 @@ def test_training_stops_at_the_batch_and_names_task_and_tensor(split: RetailRock
     assert "task 1: loss is NaN/Inf at epoch 7, step 1 (NaN or infinity in towers.1.output.bias)" in text
 
 
-def test_a_weight_that_is_no_number_is_found_though_no_loss_shows_it() -> None:
+def test_first_nonfinite_tensor_by_name() -> None:
     one, two = nn.Linear(2, 2), nn.BatchNorm1d(2)
     assert first_nonfinite_tensor({"one": one, "two": two}) == ""
     two.running_var[1] = float("inf")  # type: ignore[index]
@@ -122,7 +122,7 @@ def test_a_weight_that_is_no_number_is_found_though_no_loss_shows_it() -> None:
     assert first_nonfinite_tensor({"": two}) == "running_var"
 
 
-def test_the_last_good_epoch_of_a_run_is_kept(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_keeps_the_last_good_checkpoint(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers go wrong in the second epoch: state and model are those of the first, and --resume goes on from there."""
     losses = ESMM.losses
     steps: list[int] = []
@@ -149,7 +149,7 @@ def test_the_last_good_epoch_of_a_run_is_kept(here: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("name", "told"), [("reward", "the reward of transition 5, task 1, is nan"),
                                             ("action", "the action of transition 5, task 1, is nan"),
                                             ("state", "the state of transition 5, column 1, is nan")])
-def test_what_is_no_number_is_not_stored(name: str, told: str) -> None:
+def test_buffer_refuses_nan(name: str, told: str) -> None:
     memory = ReplayBuffer(3, 2, 10, 2)
     rows = {"state": np.zeros((4, 3), np.float32), "action": np.zeros((4, 2), np.float32),
             "next_state": np.zeros((4, 3), np.float32), "reward": np.zeros((4, 2), np.float32),
@@ -163,7 +163,7 @@ def test_what_is_no_number_is_not_stored(name: str, told: str) -> None:
 # ------------------------------------------------------------------------------------------------------------- critics
 
 
-def test_no_return_is_beyond_the_bound() -> None:
+def test_return_bound_by_hand() -> None:
     assert return_bound(-1.0, 0.0, 10) == 1.0
     assert return_bound(-2.0, 0.9, 1000) == pytest.approx(20.0)
     assert return_bound(-2.0, 1.0, 10) == 22.0
@@ -177,7 +177,7 @@ def trained(here: Path) -> Path:
 
 
 @pytest.mark.parametrize("reward_type", ["bce", "norm"])
-def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: Path, reward_type: str,
+def test_diverged_critics_stop_the_run(trained: Path, reward_type: str,
                                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**RL, "reward_type": reward_type, "refill": True}
     train_critics(RLArguments(**settings))
@@ -190,7 +190,7 @@ def test_critics_beyond_any_return_stop_the_run_and_sound_ones_do_not(trained: P
     assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/checkpoint.pt", "")["epoch"] == 2
 
 
-def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_critic_loss_stops_before_the_step(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = DDPG_ESMM_BC.td3_target
     monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, *rest: target(self, task, *rest) * (
         float("inf") if task == 1 and self.updates == 12 else 1.0))
@@ -202,7 +202,7 @@ def test_a_critics_loss_that_is_no_number_stops_before_the_step(trained: Path, m
 # --------------------------------------------------------------------------------------------------------------- leaks
 
 
-def test_a_feature_that_knows_the_label_is_named(split: RetailRocketRLDataset) -> None:
+def test_feature_leakage_is_warned_about(split: RetailRocketRLDataset) -> None:
     assert feature_leakage_warnings(split, "training", ["CTR", "CTCVR"]) == []
     whole = split.numerical.copy()
     try:
@@ -214,13 +214,13 @@ def test_a_feature_that_knows_the_label_is_named(split: RetailRocketRLDataset) -
         split.numerical[:] = whole
 
 
-def test_an_auc_that_is_too_good_is_warned_about() -> None:
+def test_implausible_auc_is_warned_about() -> None:
     assert auc_leakage_warnings([0.85, float("nan")], "test", ["CTR", "CTCVR"]) == []
     assert auc_leakage_warnings([0.5, 0.995], "test", ["CTR", "CTCVR"]) == [
         "warning: CTCVR: AUC 0.9950 on the test split is above 0.99: possible label leakage"]
 
 
-def test_a_leak_is_told_by_a_run_and_an_honest_run_says_nothing(here: Path, capsys: pytest.CaptureFixture[str],
+def test_run_warns_of_leakage_only_if_present(here: Path, capsys: pytest.CaptureFixture[str],
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """The label of a row among its own numbers, as a wrong join would put it there."""
     SLmain.main(**{**SL, "epoch": 1})

@@ -77,7 +77,7 @@ def test_each_logged_transition_is_stored_exactly_once(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("lanes", [2, 4096])
-def test_chosen_sessions_are_stored_as_often_as_they_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_chosen_sessions_are_stored_that_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                                  lanes: int) -> None:
     monkeypatch.setattr(offline, "NUM_ENVS", lanes)
     agent = make_agent(tmp_path, handmade([3, 1, 2]))
@@ -101,7 +101,7 @@ def trained(folder: Path, data: Data, epoch: int, cls: type[DDPG_ESMM] = DDPG_ES
     return agent, rows
 
 
-def test_uniform_actions_cover_the_unit_interval_before_the_pass_over_the_log(
+def test_uniform_actions_cover_the_unit_interval(
         tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     agent, _ = trained(tmp_path, data, 1)
     uniform_rows = len(agent.memory) - len(data[0])
@@ -117,7 +117,7 @@ def test_uniform_actions_cover_the_unit_interval_before_the_pass_over_the_log(
 
 
 @pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
-def test_the_same_seed_gives_the_same_memory_losses_and_critics(tmp_path: Path, data: Data,
+def test_same_seed_gives_same_buffer_and_critics(tmp_path: Path, data: Data,
                                                                 cls: type[DDPG_ESMM]) -> None:
     (one, rows), (other, other_rows) = (trained(tmp_path / name, data, 2, cls) for name in ("one", "other"))
     np.testing.assert_array_equal(one.memory.storage, other.memory.storage)
@@ -128,7 +128,7 @@ def test_the_same_seed_gives_the_same_memory_losses_and_critics(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
-def test_an_interrupted_run_that_is_resumed_ends_as_the_undisturbed_one(tmp_path: Path, data: Data,
+def test_resumed_critics_equal_uninterrupted_critics(tmp_path: Path, data: Data,
                                                                         cls: type[DDPG_ESMM]) -> None:
     whole, rows = trained(tmp_path / "whole", data, 4, cls)
     trained(tmp_path / "parts", data, 2, cls)
@@ -141,7 +141,7 @@ def test_an_interrupted_run_that_is_resumed_ends_as_the_undisturbed_one(tmp_path
     assert (tmp_path / "parts" / "metrics.csv").read_bytes() == metrics
 
 
-def test_resuming_refuses_other_settings_and_a_fresh_start_keeps_the_old_state(tmp_path: Path, data: Data) -> None:
+def test_resume_refuses_other_settings(tmp_path: Path, data: Data) -> None:
     trained(tmp_path, data, 1, settings={"gamma": 0.9})
     text = complaint(lambda: trained(tmp_path, data, 2, resume=True, settings={"gamma": 0.5}))
     assert "--gamma" in text
@@ -149,7 +149,7 @@ def test_resuming_refuses_other_settings_and_a_fresh_start_keeps_the_old_state(t
     assert (tmp_path / "checkpoint.previous.pt").exists()
 
 
-def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Data,
+def test_convergence_stops_training_and_is_printed(tmp_path: Path, data: Data,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
     """Every change is less than 1000 %: after the first epoch two more are enough."""
     _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=2, tolerance=10.0))
@@ -160,7 +160,7 @@ def test_it_stops_at_convergence_and_says_when_and_why(tmp_path: Path, data: Dat
     assert "stopped after epoch 2, the last one (--epoch)" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_resumed_without_a_further_epoch(tmp_path: Path, data: Data) -> None:
+def test_resuming_a_finished_run_trains_no_epoch(tmp_path: Path, data: Data) -> None:
     _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0))
     agent, again = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=1, tolerance=10.0), resume=True)
     assert again == rows
@@ -175,7 +175,7 @@ def kill_critic(agent: DDPG_ESMM) -> None:
             critic.tower.output.bias.fill_(-1000.0)
 
 
-def test_a_dead_critic_is_revived_with_a_message(tmp_path: Path, data: Data,
+def test_collapsed_critic_is_reset_and_printed(tmp_path: Path, data: Data,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     agent, rows = trained(tmp_path, data, 4, change=kill_critic)
     said = capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_a_dead_critic_is_revived_with_a_message(tmp_path: Path, data: Data,
     assert evaluate_critics(MTEnv(data[1]), agent)["zero_fraction_1"] < 0.99
 
 
-def test_a_critic_that_stays_dead_fails_the_run(tmp_path: Path, data: Data) -> None:
+def test_permanently_collapsed_critic_fails_the_run(tmp_path: Path, data: Data) -> None:
     def for_good(agent: DDPG_ESMM) -> None:
         kill_critic(agent)
         for critic in (agent.critic2, agent.critic2_target):
@@ -198,7 +198,7 @@ def test_a_critic_that_stays_dead_fails_the_run(tmp_path: Path, data: Data) -> N
     assert "100%" in text
 
 
-def test_a_dead_critic_at_the_last_epoch_is_not_handed_out_as_good(tmp_path: Path, data: Data) -> None:
+def test_collapse_in_last_epoch_fails_the_run(tmp_path: Path, data: Data) -> None:
     """Reviving at the very end would leave an untrained critic: the run fails, and hands none out."""
     text = complaint(lambda: trained(tmp_path, data, 1, change=kill_critic))
     assert "critic 2 collapsed" in text
@@ -206,7 +206,7 @@ def test_a_dead_critic_at_the_last_epoch_is_not_handed_out_as_good(tmp_path: Pat
     assert not (tmp_path / "critic2.pth").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_one_line(tmp_path: Path, data: Data) -> None:
+def test_nan_parameter_stops_the_run(tmp_path: Path, data: Data) -> None:
     def spoil(agent: DDPG_ESMM) -> None:
         with torch.no_grad():
             agent.critic1.first.weight.fill_(float("nan"))
@@ -218,7 +218,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_one_line(tmp_path: Path, da
     assert not (tmp_path / "critic1.pth").exists()
 
 
-def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
+def test_buffer_is_reloaded_unless_metadata_differ(
         tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     first, _ = trained(tmp_path, data, 1)
     stamp = (tmp_path / "memory.npz").stat().st_mtime_ns
@@ -233,7 +233,7 @@ def test_a_memory_is_read_again_unless_it_is_another_or_a_refill_is_asked_for(
     assert "filled with" in capsys.readouterr().out
 
 
-def test_a_memory_that_held_something_is_filled_anew(tmp_path: Path, data: Data,
+def test_used_buffer_is_cleared_before_filling(tmp_path: Path, data: Data,
                                                      capsys: pytest.CaptureFixture[str]) -> None:
     """What is written under the agent's name is what such an agent fills, not what it happened to hold before."""
     clean, _ = trained(tmp_path / "clean", data, 1)
@@ -244,7 +244,7 @@ def test_a_memory_that_held_something_is_filled_anew(tmp_path: Path, data: Data,
         np.testing.assert_array_equal(one["action"], other["action"])
 
 
-def test_a_memory_that_was_read_trains_as_the_one_that_was_filled(tmp_path: Path, data: Data) -> None:
+def test_loaded_buffer_trains_as_the_filled_one(tmp_path: Path, data: Data) -> None:
     first, rows = trained(tmp_path, data, 2)
     second, again = trained(tmp_path, data, 2)
     assert rows == again
@@ -262,7 +262,7 @@ def answers(values: dict[str, NDArray[Any]]) -> Callable[[MTEnv, DDPG_ESMM], dic
     return played
 
 
-def test_the_exact_q_has_no_td_error_and_ranks_perfectly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exact_q_has_no_td_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of sessions whose rewards are known: Q = the discounted return."""
     agent = uniform(make_agent(tmp_path, handmade([3, 1, 2, 5], [[row % 2, row % 3 == 0] for row in range(11)])))
     played = offline.rollout(agent.env, agent)
@@ -290,7 +290,7 @@ def test_rank_correlation_is_spearmans() -> None:
     assert rank_correlation(np.array([1.0, 1, 1]), np.array([1.0, 2, 3])) == 0
 
 
-def test_play_gives_what_single_steps_through_the_environment_give(tmp_path: Path) -> None:
+def test_rollout_equals_single_steps(tmp_path: Path) -> None:
     dataset = handmade([3, 1, 2])
     agent, env = make_agent(tmp_path, dataset), MTEnv(dataset, is_test=True)
     played, row = offline.rollout(env, agent), 0
@@ -308,7 +308,7 @@ def test_play_gives_what_single_steps_through_the_environment_give(tmp_path: Pat
         np.testing.assert_allclose(played.returns[row - length], discounted, rtol=1e-4)
 
 
-def test_the_dynamic_evaluation_reads_the_saved_agent(tmp_path: Path, data: Data,
+def test_test_loads_the_saved_agent(tmp_path: Path, data: Data,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     agent, _ = trained(tmp_path, data, 1, DDPG_ESMM)
     env = MTEnv(data[1], is_test=True)
@@ -331,7 +331,7 @@ def test_losses_are_drawn_into_a_png(tmp_path: Path) -> None:
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
 
 
-def test_a_run_leaves_its_books(tmp_path: Path, data: Data) -> None:
+def test_run_writes_its_files(tmp_path: Path, data: Data) -> None:
     trained(tmp_path, data, 2)
     run = RunDirectory.of_agent(tmp_path)
     lines = run.metrics.read_text().splitlines()
@@ -343,7 +343,7 @@ def test_a_run_leaves_its_books(tmp_path: Path, data: Data) -> None:
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_refused_memory_leaves_an_earlier_runs_files_alone(tmp_path: Path, data: Data) -> None:
+def test_refused_buffer_leaves_files_unchanged(tmp_path: Path, data: Data) -> None:
     """The refusal comes before anything is set aside, however often the run is tried."""
     trained(tmp_path, data, 1)
     baseline = "rt_esmm.pt"  # written by the helper of these tests

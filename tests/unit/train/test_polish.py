@@ -68,7 +68,7 @@ def test_weights_by_their_closed_form(method: str, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "label", "critic", "inverse", "contrast", "constant"])
-def test_normalised_weights_keep_their_proportions_and_have_mean_1(method: str) -> None:
+def test_normalized_weights_have_mean_1(method: str) -> None:
     critics = [FakeCritic(1.0), FakeCritic(2.0)]
     plain, normalized = (RlLossPolisher(Actor(), critics, 0.5, method, normalize).weights(*BATCH)
                          for normalize in (False, True))
@@ -76,7 +76,7 @@ def test_normalised_weights_keep_their_proportions_and_have_mean_1(method: str) 
     torch.testing.assert_close(normalized * plain.mean(dim=0), plain)
 
 
-def test_contrast_is_as_wide_as_lambda_says_whatever_the_scale_of_q() -> None:
+def test_contrast_spread_is_independent_of_q_scale() -> None:
     """With a large Q, 1 - lambda Q tends to -lambda Q, whose proportions no lambda changes; contrast's do change."""
     batch = BATCH[0], 1000 * BATCH[1], BATCH[2]
 
@@ -90,7 +90,7 @@ def test_contrast_is_as_wide_as_lambda_says_whatever_the_scale_of_q() -> None:
 
 @pytest.mark.parametrize(("method", "expected"), [
     ("full", [0.2, 0.5]), ("shuffled", [0.2, 0.5]), ("label", [0.2 * 3 / (0.2 * 3 + 0.8), 0.5 * 5 / (0.5 * 5 + 0.5)])])
-def test_weights_that_depend_on_the_sample_alone_leave_the_optimum_where_it_is(method: str,
+def test_label_free_weights_keep_the_optimum(method: str,
                                                                                expected: list[float]) -> None:
     """argmin_p E[w(x) BCE(p(x), y)] = P(y | x) for every positive w(x): a critic that sees the sample, not its label,
     can only change how a model errs, not what it aims at. Weights that see the label aim elsewhere."""
@@ -123,7 +123,7 @@ def test_weights_that_depend_on_the_sample_alone_leave_the_optimum_where_it_is(m
     torch.testing.assert_close(torch.stack(means).mean(dim=0), torch.tensor(expected), atol=0.01, rtol=0)
 
 
-def test_shuffled_weights_are_a_permutation_of_the_full_ones() -> None:
+def test_shuffled_weights_are_a_permutation() -> None:
     """Of whole samples: both tasks' weights of one sample stay together."""
     model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.2)
     critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(2)]
@@ -134,7 +134,7 @@ def test_shuffled_weights_are_a_permutation_of_the_full_ones() -> None:
     assert sorted(map(tuple, full.tolist())) == sorted(map(tuple, shuffled.tolist()))
 
 
-def test_constant_needs_no_critics_and_an_unknown_method_is_refused() -> None:
+def test_constant_needs_no_critics() -> None:
     assert torch.equal(RlLossPolisher(Actor(), [], 1.0, "constant").weights(*BATCH), torch.ones(3, 2))
     with pytest.raises(ValueError, match="full, label"):
         RlLossPolisher(Actor(), [], 1.0, "half")
@@ -184,7 +184,7 @@ def test_the_weights_are_numbers_to_the_gradient() -> None:
     assert all(one.grad is None for critic in critics for one in critic.parameters())
 
 
-def test_the_summary_by_hand() -> None:
+def test_weight_statistics_by_hand() -> None:
     polisher = RlLossPolisher(Actor(), [], 1.0, "constant")
     for part in ([[1.0, 1], [1, 2]], [[1, 3], [1, 4], [1, 1]]):
         polisher._weight_buffer.append(torch.tensor(part))
@@ -235,14 +235,14 @@ def test_critics_that_weight_a_loss_go_on_training() -> None:
     assert all(critic.training and parameter.requires_grad for critic in critics for parameter in critic.parameters())
 
 
-def test_without_critics_the_command_for_them_is_named_before_anything_is_trained(shop: Path) -> None:
+def test_missing_critics_are_refused_before_training(shop: Path) -> None:
     assert "python3 RLmain.py --actor_name=esmm" in complaint(polished)
     assert "python3 RLmain.py --actor_name=ple" in complaint(lambda: polished(critic_model="ple"))
     assert "esmm, omoe" in complaint(lambda: polished(critic_model="bert"))
     assert {path.name for path in shop.iterdir()} == {"dataset"}
 
 
-def test_a_polish_run_trains_its_baseline_and_takes_critics_of_another_model(
+def test_polish_trains_baseline_and_transfers_critics(
         shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_critics("esmm")
     polished(model_name="sharedbottom")
@@ -270,7 +270,7 @@ def table_of(said: str) -> dict[str, list[float]]:
             if line.startswith(("baseline", "control:", "this run:"))}
 
 
-def test_the_summary_sets_baseline_control_and_run_side_by_side(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_comparison_table_has_baseline_control_and_run(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_critics()
     metrics = polished()
     alone = capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_the_summary_sets_baseline_control_and_run_side_by_side(shop: Path, caps
 
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"learning_rate": 0.1}, {"epoch": 2}])
-def test_a_control_of_other_settings_is_no_control(shop: Path, capsys: pytest.CaptureFixture[str],
+def test_control_of_other_settings_is_ignored(shop: Path, capsys: pytest.CaptureFixture[str],
                                                    change: dict[str, Any]) -> None:
     """The same budget and settings, but for the weights: else the comparison says nothing."""
     make_critics()
@@ -306,7 +306,7 @@ def test_a_control_of_other_settings_is_no_control(shop: Path, capsys: pytest.Ca
     assert "control: constant" not in table_of(capsys.readouterr().out)
 
 
-def test_from_scratch_with_weights_of_1_the_baseline_comes_out_again(shop: Path) -> None:
+def test_constant_weights_from_scratch_reproduce_the_baseline(shop: Path) -> None:
     """So the baseline is the control of a model that is trained with the critics' weights from its first step."""
     metrics = polished(polish_method="constant", polish_init="scratch", epoch=2)
     baseline = SLmain.main(**{**TINY, "epoch": 2}, model_name="esmm")
@@ -316,7 +316,7 @@ def test_from_scratch_with_weights_of_1_the_baseline_comes_out_again(shop: Path)
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_the_rate_of_a_polish_run_is_a_share_of_the_learning_rate(shop: Path) -> None:
+def test_polish_lr_ratio_scales_the_learning_rate(shop: Path) -> None:
     make_critics()
     weights = []
     for shares in ({"learning_rate": 1e-3, "polish_lr_ratio": 0.5}, {"learning_rate": 5e-4, "polish_lr_ratio": 1.0}):
@@ -325,7 +325,7 @@ def test_the_rate_of_a_polish_run_is_a_share_of_the_learning_rate(shop: Path) ->
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_weights_are_set_against_the_loss_in_ten_groups(shop: Path) -> None:
+def test_loss_by_weight_decile_is_sorted(shop: Path) -> None:
     make_critics()
     polished(polish_method="label")
     with open(shop / "chkpt/SL/rt_esmm/rt_esmm_1.0_label/weights.csv", encoding="utf-8", newline="") as file:
@@ -345,7 +345,7 @@ def test_weights_are_set_against_the_loss_in_ten_groups(shop: Path) -> None:
     ("metrics.csv", "\ntest,", "\ntest,,", "line 4"), ("metrics.csv", "auc_CTR", "auc", "column 'auc_CTR' is missing"),
     ("metrics.csv", "\ntest,", "\ntest,\x00", "NUL"), ("config.json", '"start"', '"Start"', "'start' is missing"),
     ("config.json", "{", "[", "not valid JSON")])
-def test_a_control_with_damaged_books_is_left_out_and_says_so(shop: Path, capsys: pytest.CaptureFixture[str],
+def test_control_with_corrupt_files_is_skipped(shop: Path, capsys: pytest.CaptureFixture[str],
                                                               file: str, old: str, new: str, told: str) -> None:
     """A finished run is not lost over it."""
     make_critics()
@@ -360,7 +360,7 @@ def test_a_control_with_damaged_books_is_left_out_and_says_so(shop: Path, capsys
 
 
 @pytest.mark.parametrize("cell", ["1.5", "-0.1", "inf", "x", "", "0_1", "1e300"])
-def test_a_figure_that_cannot_be_is_no_control(tmp_path: Path, cell: str) -> None:
+def test_out_of_range_metric_is_refused(tmp_path: Path, cell: str) -> None:
     path, names = tmp_path / "metrics.csv", ["CTR", "CTCVR"]
     metrics = {f"{metric}_{task}": 0.5 for task in names for metric in Metrics._fields}
     write_csv(path, [{"split": "val"}, {"split": "test", **metrics}])

@@ -18,7 +18,7 @@ from train.supervised import slpred
 
 @pytest.mark.parametrize("numerical", ["session", "none"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_rows_are_predicted_once_and_all_get_their_prediction(rt_tables: Path, name: str,
+def test_equal_rows_are_predicted_once(rt_tables: Path, name: str,
                                                                     numerical: str) -> None:
     splits = load_splits(rt_tables, numerical)  # type: ignore[arg-type]
     encode_splits(splits, 0.2)
@@ -35,7 +35,7 @@ def test_equal_rows_are_predicted_once_and_all_get_their_prediction(rt_tables: P
 
 
 @pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_coarser_products_stay_close(precision: str) -> None:
+def test_lower_precision_stays_close(precision: str) -> None:
     """Whether this processor rounds or not: the flag is taken, and put back."""
     model = build("mmoe", [50, 30], 4, 64, [512, 256], [128], 2, 4, 0.0)
     ids, numbers = torch.randint(30, (300, 2)), torch.randn(300, 4)

@@ -51,7 +51,7 @@ def test_uncertainty_weighs_by_the_variance_it_learns() -> None:
     assert direction(weighting, [[2, 0], [0, 4]]) == pytest.approx([1 / 0.2, 2 / 6], rel=2e-3)
 
 
-def test_gradients_in_conflict_are_combined_as_the_papers_say() -> None:
+def test_conflicting_gradients_combine_as_published() -> None:
     pytest.importorskip("torchjd")
     conflict = [[1.0, 0.0], [-1.0, 1.0]]
     # PCGrad: each gradient loses its part against the other: (1/2, 1/2) and (0, 1), added up.
@@ -88,7 +88,7 @@ def test_weightings_differ(here: Path) -> None:
     assert len(set(losses.values())) == 3
 
 
-def test_a_resumed_run_goes_on_with_what_the_weighting_learned(here: Path) -> None:
+def test_resumed_run_restores_the_task_weighting(here: Path) -> None:
     main(**SMALL, weighting="uncertainty")
     whole = (here / "chkpt/SL/rt_ple_uncertainty/metrics.csv").read_bytes()
     main(**{**SMALL, "epoch": 1}, weighting="uncertainty")

@@ -65,14 +65,14 @@ def test_every_field_counts_for_itself() -> None:
     assert mapper.field_dims == [3, 3]
 
 
-def test_values_that_were_not_seen_in_training_have_id_0() -> None:
+def test_unseen_values_have_id_0() -> None:
     mapper = Catemapper(0.2).fit(data_set(["x", "x", "y"]))
     assert ids_of(mapper, ["new", "y", "x", ""]) == [[0, 2, 1, 0]]
 
 
 @pytest.mark.parametrize(("threshold", "kept"), [(0.0, ""), (0.2, "x"), (0.5, "x"), (0.51, "xy"), (0.8, "xy"),
                                                  (0.81, "xyz"), (1.0, "xyz")])
-def test_a_long_tailed_field_keeps_values_until_their_share_reaches_the_threshold(threshold: float, kept: str) -> None:
+def test_long_tailed_field_keeps_values_up_to_threshold(threshold: float, kept: str) -> None:
     """Shares of the rows that have a value: x 0.5, y 0.3, z 0.2. The other field is not long-tailed."""
     column = [*"xxxxxyyyzz", "", "", ""]
     mapper = Catemapper(threshold).fit(data_set(column, column), long_tailed=["a"])
@@ -81,13 +81,13 @@ def test_a_long_tailed_field_keeps_values_until_their_share_reaches_the_threshol
     assert mapper.field_dims == [len(kept) + 1, 4]
 
 
-def test_a_field_without_any_value_has_the_one_id_0() -> None:
+def test_field_without_values_has_only_id_0() -> None:
     mapper = Catemapper(0.2).fit(data_set(["", ""], ["", ""]), long_tailed=["b"])
     assert mapper.field_dims == [1, 1]
     assert ids_of(mapper, ["", "x"], ["x", ""]) == [[0, 0], [0, 0]]
 
 
-def test_the_vocabulary_is_that_of_the_training_split_alone(rt_tables: Path) -> None:
+def test_vocabulary_is_of_the_training_split(rt_tables: Path) -> None:
     splits = load_splits(rt_tables)
     mapper = encode_splits(splits, 0.8)
     assert mapper.ids == Catemapper(0.8).fit(load_splits(rt_tables).train, splits.long_tailed).ids
@@ -101,7 +101,7 @@ def test_the_vocabulary_is_that_of_the_training_split_alone(rt_tables: Path) -> 
     assert new > 0, "the simulated log has values that only later splits have"
 
 
-def test_ids_fit_the_tables_that_are_built_for_them(rt_tables: Path) -> None:
+def test_ids_are_below_field_dims(rt_tables: Path) -> None:
     splits = load_splits(rt_tables)
     dims = np.array(encode_splits(splits, 0.2).field_dims)
     for split in (splits.train, splits.val, splits.test):
@@ -142,7 +142,7 @@ def test_a_malformed_mapping_is_refused(tmp_path: Path, content: str) -> None:
     assert str(path) in complaint(lambda: Catemapper.load(path))
 
 
-def test_a_mapping_of_a_field_that_the_data_lack_is_refused(tmp_path: Path) -> None:
+def test_mapping_with_missing_field_is_refused(tmp_path: Path) -> None:
     mapper = Catemapper(0.2)
     mapper.ids = {"colour": {"red": 1}}
     assert "field 'colour'" in complaint(lambda: mapper.map(data_set(["a"])))
@@ -167,7 +167,7 @@ def test_the_stopper_counts_epochs_without_a_better_score() -> None:
     assert stopper.best_state["weight"].item() == 3
 
 
-def test_the_stopper_keeps_a_copy_of_the_best_weights() -> None:
+def test_stopper_copies_the_best_weights() -> None:
     stopper, model = EarlyStopper(2), numbered(1)
     stopper.is_continuable(model, 0.5, 1)
     nn.init.constant_(model.weight, 99)
@@ -175,7 +175,7 @@ def test_the_stopper_keeps_a_copy_of_the_best_weights() -> None:
 
 
 @pytest.mark.parametrize("score", [0.5, 0.0, -3.0, -1e30])
-def test_the_first_score_is_the_one_to_beat_even_below_0(score: float) -> None:
+def test_stopper_accepts_negative_first_score(score: float) -> None:
     """A warm start's own score counts: the published stopper started from 0 and forgot it."""
     stopper = EarlyStopper(1)
     assert stopper.is_continuable(numbered(1), score, 0)
@@ -198,7 +198,7 @@ def test_a_stopper_goes_on_from_its_state() -> None:
     assert torch.equal(second.best_state["weight"], whole.best_state["weight"])
 
 
-def test_the_validation_score_is_the_mean_of_the_aucs_there_are() -> None:
+def test_validation_score_is_the_mean_finite_auc() -> None:
     nan = float("nan")
     assert validation_score([Metrics(0.7, 9, 9), Metrics(0.8, 9, 9)]) == pytest.approx(0.75)
     assert validation_score([Metrics(0.7, 9, 9), Metrics(nan, 9, 9)]) == 0.7
@@ -219,7 +219,7 @@ def test_auc_and_logloss_are_those_of_scikit_learn(rows: list[tuple[float, int]]
         assert np.isnan(got.auc)
 
 
-def test_session_logloss_is_the_mean_over_sessions_of_the_mean_inside() -> None:
+def test_session_logloss_is_mean_over_sessions() -> None:
     """Three sessions of 1, 2 and 3 rows; the losses are logs of 2, 4, 4, 8, 8, 8."""
     p = np.array([1 / 2, 1 / 4, 3 / 4, 7 / 8, 1 / 8, 7 / 8])
     y = np.array([1, 1, 0, 0, 1, 0], np.float32)
@@ -229,13 +229,13 @@ def test_session_logloss_is_the_mean_over_sessions_of_the_mean_inside() -> None:
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
-def test_auc_of_one_class_is_nan_and_the_losses_are_not(label: float) -> None:
+def test_auc_of_one_class_is_nan(label: float) -> None:
     got = task_metrics(np.array([0.2, 0.7]), np.full(2, label, np.float32), np.array([1, 2]))
     assert np.isnan(got.auc)
     assert np.isfinite([got.logloss, got.session_logloss]).all()
 
 
-def test_predictions_of_exactly_0_and_1_have_a_finite_loss() -> None:
+def test_logloss_of_0_and_1_is_finite() -> None:
     got = task_metrics(np.array([0.0, 1.0], np.float32), np.array([1, 0], np.float32), np.array([1, 1]))
     assert 10 < got.logloss < 20
     assert got.auc == 0
@@ -375,7 +375,7 @@ def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> N
     {"weights": {name: tensor.to_sparse() for name, tensor in esmm().state_dict().items()}}],
     ids=["nothing", "none", "list", "empty", "other names", "other field sizes", "numbers", "other types",
          "one number as many", "sparse"])
-def test_a_checkpoint_whose_weights_do_not_fit_is_refused(tmp_path: Path, saved: dict[str, Any]) -> None:
+def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, saved: dict[str, Any]) -> None:
     path = tmp_path / "m.pt"
     save_tensors(path, {**saved, **IDENTITY})
     text = complaint(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
@@ -424,7 +424,7 @@ def test_flags_set_what_they_name() -> None:
     ("--model=esmm", ["--model", "--help"]),
     ("esmm", ["esmm", "--help"]),
 ])
-def test_a_flag_that_is_wrong_is_refused_in_one_line(flag: str, words: list[str]) -> None:
+def test_invalid_flag_is_refused_in_one_line(flag: str, words: list[str]) -> None:
     text = complaint(lambda: arguments(flag))
     assert all(word in text for word in words)
 

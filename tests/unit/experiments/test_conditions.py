@@ -1,0 +1,76 @@
+"""Conditions, their dependencies and controls, and the settings of their runs."""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from typing import Any
+
+import pytest
+from conftest import complaint
+from hypothesis import given
+from hypothesis import strategies as st
+
+from experiments.conditions import TABLES, ExperimentArguments, ExperimentRun, conditions
+from train.Arguments import RLArguments, SLArguments, parse, to_command_line
+
+
+def test_every_table_has_unique_conditions() -> None:
+    every = conditions(ExperimentArguments())
+    assert set(Counter((condition.model, condition.name) for condition in every).values()) == {1}
+    assert {condition.table for condition in every} == set(TABLES)
+
+
+@pytest.mark.parametrize("table", ["", *TABLES])
+def test_selection_contains_dependencies_and_controls(table: str) -> None:
+    selected = conditions(ExperimentArguments(tables=table))
+    names = {(condition.model, condition.name) for condition in selected}
+    assert not table or {condition.table for condition in selected} <= {table, "main"}
+    for condition in selected:
+        assert set(condition.dependencies) <= names
+        assert not condition.control or (condition.model, condition.control) in names
+        assert not condition.critics or condition.control, "a weighted run is compared with constant weights"
+
+
+def test_control_differs_only_in_weights() -> None:
+    """Data, seed, initial weights, learning rate and budget are the same."""
+    experiment = ExperimentArguments()
+    by_name = {(condition.model, condition.name): condition for condition in conditions(experiment)}
+    for condition in by_name.values():
+        if condition.control.startswith("constant") and condition.program == "SLmain.py":
+            treated, control = (vars(ExperimentRun("rt", each, 3).settings(experiment))
+                                for each in (condition, by_name[condition.model, condition.control]))
+            assert {name for name in treated if treated[name] != control[name]} <= {
+                "polish_method", "polish_lambda", "polish_normalize", "critic_dir", "critic_model", "critic_encoder",
+                "save_dir"}, condition.name
+
+
+@given(polish=st.floats(0, 5), seed=st.integers(0, 99), name=st.sampled_from(["rt", "my data", "it's"]),
+       resume=st.booleans(), gamma=st.floats(0, 1), ips=st.booleans())
+def test_command_line_round_trip(polish: float, seed: int, name: str, resume: bool, gamma: float, ips: bool) -> None:
+    for settings in (SLArguments(polish_lambda=polish, seed=seed, dataset_name=name, resume=resume),
+                     RLArguments(gamma=gamma, ips=ips, dataset_name=name, seed=seed)):
+        program, *flags = shlex.split(to_command_line("x.py", settings))[1:]
+        assert program == "x.py"
+        assert parse(type(settings), "", flags) == settings
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"models": "esmm,bert"}, "unknown 'bert'"), ({"tables": "mian"}, "unknown 'mian'"),
+    ({"gammas": "0,x"}, "--gammas: '0,x'"), ({"seeds": 1}, "--seeds"), ({"name_filter": "no such"}, "--name_filter")])
+def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    assert message in complaint(lambda: ExperimentArguments(**settings))
+
+
+def test_name_filter_selects_with_dependencies() -> None:
+    selected = conditions(ExperimentArguments(name_filter="actor through", gammas="0"))
+    assert {condition.name for condition in selected} == {
+        "baseline", "constant", "actor through the critics", "actor through the critics, gamma 0"}
+
+
+def test_seeds_start_at_first_seed() -> None:
+    assert list(ExperimentArguments(first_seed=6).all_seeds) == [6, 7, 8, 9, 10]
+
+
+def test_quick_keeps_explicit_settings() -> None:
+    assert (ExperimentArguments(quick=True).seeds, ExperimentArguments(quick=True, seeds=4).seeds) == (3, 4)

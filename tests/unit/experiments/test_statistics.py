@@ -1,0 +1,137 @@
+"""Paired tests, Holm's correction, results.csv and the report that is written from it."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, complaint
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from scipy import stats
+
+from common.csv_reader import write_csv
+from experiments.__main__ import cli
+from experiments.report import headline, write_report
+from experiments.statistics import Results, holm, paired_t_test, read_results
+
+Row = dict[str, str]
+DOCS = REPOSITORY / "docs" / "results"
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 0.9), st.floats(0.5, 0.9)), min_size=2, max_size=12))
+def test_paired_t_test_matches_its_equation(pairs: list[tuple[float, float]]) -> None:
+    """mean ± t s / sqrt(n), with t of n - 1 degrees of freedom."""
+    values, control = map(list, zip(*pairs, strict=True))
+    d = np.subtract(values, control)
+    assume(np.std(d) > 1e-9)
+    error, df = d.std(ddof=1) / len(d) ** 0.5, len(d) - 1
+    half_width, p = stats.t.ppf(0.975, df) * error, 2 * stats.t.sf(abs(d.mean()) / error, df)
+    assert paired_t_test(values, control) == pytest.approx(
+        (d.mean(), d.mean() - half_width, d.mean() + half_width, p, len(d)), rel=1e-6, abs=1e-12)
+
+
+def test_paired_t_test_by_hand() -> None:
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t_0.975 of two degrees of freedom 4.3027."""
+    test = paired_t_test([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert (test.mean, test.n) == (2.0, 3)
+    assert test.high - test.mean == pytest.approx(4.30265 / 3**0.5, abs=1e-4)
+
+
+def test_paired_t_test_of_degenerate_samples() -> None:
+    assert paired_t_test([0.7] * 3, [0.7] * 3) == (0, 0, 0, 1, 3)
+    assert paired_t_test([0.75] * 3, [0.5] * 3) == (0.25, 0.25, 0.25, 0, 3)
+    assert math.isnan(paired_t_test([0.7], [0.6]).p)
+    assert math.isnan(paired_t_test([], []).mean)
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.2: times 4, 3, 2, 1, never falling."""
+    assert holm([0.03, 0.01, 0.2, 0.02]) == pytest.approx([0.06, 0.04, 0.2, 0.06])
+    assert holm([0.01, math.nan]) == [0.02, 1]
+
+
+def make_rows(gain: float, noise: float) -> list[Row]:
+    """Results of one model, in which RMTL is better than its control by `gain`, up to `noise`."""
+    rng = np.random.default_rng(5)
+    rows = []
+    for seed in range(1, 6):
+        baseline = 0.72 + 0.005 * rng.standard_normal()
+        for condition, control, better in (("baseline", "", 0.0), ("constant", "baseline", 0.002),
+                                           ("shuffled", "constant", 0.002), ("RMTL", "constant", 0.002 + gain)):
+            weighted = condition in ("RMTL", "shuffled")
+            row = {"dataset": "made", "tasks": "CTR CTCVR", "table": "main", "model": "esmm", "condition": condition,
+                   "control": control, "critics": "esmm critics" if weighted else "", "seed": str(seed), "epoch": "1",
+                   "epochs": "1", "seconds": "1.0", "command": "c", "fingerprint": "f", "machine": "m"}
+            for task in ("CTR", "CTCVR"):
+                row |= {f"auc_{task}": str(baseline + better + noise * rng.standard_normal()),
+                        f"logloss_{task}": "0.5", f"session_logloss_{task}": "0.5", f"curve_auc_{task}": "0.70 0.71",
+                        f"deciles_weight_{task}": "1 2 3" if weighted else "",
+                        f"deciles_loss_{task}": "0.2 0.3 0.4" if weighted else "",
+                        **{f"weight_{name}_{task}": "0.9" if weighted else "" for name in ("q05", "q50", "q95", "ess")}}
+            rows.append(row)
+        rows.append({**rows[-1], "condition": "critics", "control": "", "critics": "", **{
+            f"val_{name}_{task}": "0.25" for name in ("rank_correlation", "zero_fraction")
+            for task in ("CTR", "CTCVR")}})
+    return rows
+
+
+@pytest.mark.parametrize(("gain", "message"), [
+    (0.003, "RMTL is significantly better than its control on esmm CTR"),
+    (-0.003, "RMTL is significantly worse than its control on esmm CTR"),
+    (0.0, "no significant difference from its control** (2 comparisons, Holm, α = 0.05)")])
+def test_headline_follows_the_tests(gain: float, message: str) -> None:
+    assert message in headline(Results.by_dataset(make_rows(gain, 0.0003))["made"])
+
+
+def test_report_contains_differences_and_plots(tmp_path: Path) -> None:
+    write_report(make_rows(0.003, 0.0003), tmp_path, "python3 -m experiments")
+    text = (tmp_path / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| esmm | RMTL | constant |")]
+    mean, low, high = map(float, re.findall(r"[+-]\d\.\d\d", line)[:3])
+    assert low <= mean <= high
+    assert mean == pytest.approx(3, abs=0.5)
+    assert "| esmm | critics | 0.250 | 25.0% | 0.250 | 25.0% |" in text
+    for picture in re.findall(r"\((.*?\.png)\)", text):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_report_of_incomplete_results(tmp_path: Path, count: int) -> None:
+    write_report(make_rows(0.003, 0.0003)[:count], tmp_path, "python3 -m experiments")
+    assert "No model has a complete set of runs" in (tmp_path / "report.md").read_text()
+
+
+@pytest.mark.parametrize("folder", [DOCS, DOCS / "replication"], ids=["results", "replication"])
+def test_published_report_matches_published_results(folder: Path, tmp_path: Path) -> None:
+    published = (folder / "report.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^    (python3 -m experiments .*)$", published, re.MULTILINE)
+    write_report(read_results(folder / "results.csv"), tmp_path, command)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == published
+    assert {path.name for path in folder.glob("*.png")} == {path.name for path in tmp_path.glob("*.png")}
+
+
+def test_report_only_writes_the_report_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(tmp_path / "results.csv", make_rows(0.003, 0.0003)[:3])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["experiments", "--report_only", "--out=.", "--publish_to=published", "--seeds=3"])
+    cli()
+    assert "    python3 -m experiments --seeds=3\n" in (tmp_path / "report.md").read_text()
+    assert (tmp_path / "published" / "report.md").read_text() == (tmp_path / "report.md").read_text()
+    assert read_results(tmp_path / "published" / "results.csv") == read_results(tmp_path / "results.csv")
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [
+    (",seed,", ",sead,", "column 'seed' is missing"), ("esmm", "es,mm", "cells, but the header has"),
+    (",0.5,", ",half,", "'half' is not a number"), (",1.0,", ",,", "'' is not a number"), ("esmm", '"esmm', "as CSV")])
+def test_damaged_results_give_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = tmp_path / "results.csv"
+    write_csv(path, make_rows(0.0, 0.1))
+    assert len(read_results(path)) == 25
+    path.write_text(path.read_text().replace(old, new, 1))
+    text = complaint(lambda: read_results(path))
+    assert message in text
+    assert str(path) in text
