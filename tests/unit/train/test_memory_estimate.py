@@ -72,7 +72,7 @@ print((size.parameters * PARAMETER_BYTES + size.step(batch, unit)) / used)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 @pytest.mark.parametrize("arguments", ["esmm 65536 128 5000", "esmm 2048 128 400000", "ple 16384 128 5000",
                                        "mmoe 16384 128 5000", "metaheac 16384 64 5000", "aitm 32768 64 5000"])
@@ -102,7 +102,7 @@ print(needed[0] / (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - r
 """
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(sys.platform != "linux", reason="the size of a process is read from /proc")
 @pytest.mark.parametrize("settings", ['{"batch_size": 16384, "memory_size": 50000}',
                                       '{"critic_encoder": "gru", "window": 50, "memory_size": 20000}'])
