@@ -10,7 +10,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import distributed
@@ -72,11 +72,11 @@ def mark_run_started() -> None:
     _resumable_run_started = True
 
 
-def command_line() -> str:
-    """The command that started this program, as typed in a shell."""
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command that started this program, as typed in a shell; or the same with other arguments."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-    return shlex.join(["python3", *program, *sys.argv[1:]])
+    return shlex.join(["python3", *program, *(sys.argv[1:] if arguments is None else arguments)])
 
 
 def _root_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import torch
 
-from common.errors import UserError
+from common.errors import UserError, command_line
 from common.fileio import is_safe_filename
 from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_path, model_stem
 from layers.sequence import ENCODERS
@@ -314,7 +314,7 @@ def _widths(text: str) -> tuple[int, ...]:
 
 def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None = None) -> Parsed:
     """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
-    parser = _Parser(description=description, allow_abbrev=False,
+    parser = _Parser(prog=command_line([]), description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for setting in fields(kind):
         assert setting.default is not MISSING
