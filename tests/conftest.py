@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ import hypothesis
 import pytest
 import torch
 from filelock import FileLock
+from matplotlib.figure import Figure
 
 from common.errors import UserError
 from dataset.prepare import prepare
@@ -90,6 +91,23 @@ def rt_tables(raw_log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tables(rt_tables: Path, tmp_path: Path) -> Path:
     """A copy of the MDP tables in `tmp_path`/dataset/rt, for a test to run on or to damage."""
     return Path(shutil.copytree(rt_tables, tmp_path / "dataset" / "rt"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _empty_figures() -> Iterator[None]:
+    """Pictures are written without their content: drawing takes most of a small run. Programs in processes of their own
+    draw all of it."""
+    savefig = Figure.savefig
+
+    def save_empty(figure: Figure, *args: Any, **options: Any) -> None:
+        for axis in figure.axes:
+            axis.remove()
+        figure.set_layout_engine("none")
+        savefig(figure, *args, **{**options, "dpi": 10})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save_empty)
+        yield
 
 
 @pytest.fixture(autouse=True)
