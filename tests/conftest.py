@@ -143,7 +143,7 @@ def user_error_message(action: Callable[[], object]) -> str:
     with pytest.raises(UserError) as caught:
         action()
     text = str(caught.value)
-    assert text.strip(), "an error says what is wrong"
+    assert text.strip(), "an error has a text"
     assert "\n" not in text, "an error is one line"
     return text
 

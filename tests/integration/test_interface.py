@@ -1,4 +1,4 @@
-"""The documented interface, written from the user's page alone: each item of that page, called the way it says.
+"""The documented interface, written from the user's page alone: each item of that page, called as documented.
 
 Positional and by keyword, texts and paths, lists and arrays, torch's DataLoader and the resident loader, plain and
 wrapped environments. What a call gives is compared with a closed form wherever there is one.
@@ -83,7 +83,7 @@ FIELD_DIMS = (3, 5)
 
 @dataclass(frozen=True)
 class BaselineRun:
-    """A working folder after one documented call of `main`: what it said and gave, and the functions it went through.
+    """A working folder after one documented call of `main`: its output and result, and the functions it called.
     """
 
     folder: Path
@@ -113,12 +113,12 @@ def baseline_run(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> B
 
         return noted
 
-    said = io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(said), pytest.MonkeyPatch.context() as patch:
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
         for name in FUNCTIONS:
             patch.setattr(SLmain, name, watched(name), raising=False)
         metrics = SLmain.main(*MAIN.values(), bottom_mlp_dims=(8, 4), tower_mlp_dims=(4,))
-    return BaselineRun(folder, said.getvalue(), metrics, called)
+    return BaselineRun(folder, printed.getvalue(), metrics, called)
 
 
 @pytest.fixture
@@ -614,7 +614,7 @@ def make_polisher(splits: Splits, model: nn.Module | None = None, method: str = 
 
 
 def test_critics_weights_act_on_bceloss(splits: Splits) -> None:
-    """One step of SGD is -rate times the gradient of mean(w * cross-entropy), whatever the reduction says."""
+    """One step of SGD is -rate times the gradient of mean(w * cross-entropy), for every reduction."""
     for reduction in ("mean", "none"):
         for kind in ("resident", "torch"):
             ids, numbers, labels = first_rows(splits.val)
@@ -775,7 +775,7 @@ def test_keywords_lists_and_paths_give_the_same(workdir: Path) -> None:
 
 
 def test_a_trial_keeps_the_good_baseline_aside(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A trial of other sizes and rates in a folder of its own replaces the baseline, and says in one line what it
+    """A trial of other sizes and rates in a folder of its own replaces the baseline, and prints in one line what it
     keeps; its feature_map_rate makes other field dims."""
     good = load_weights(workdir / "pretrain/rt_esmm.pt")
     SLmain.main(**{**MAIN, "save_dir": "trial", "embed_dim": 3, "feature_map_rate": 0.9}, bottom_mlp_dims=(6, 5),
@@ -818,7 +818,7 @@ def terminal_run(rt_tables: Path, tmp_path_factory: pytest.TempPathFactory) -> T
     shown: list[bytes] = []
 
     def read() -> None:
-        with contextlib.suppress(OSError):  # so a terminal's end is told
+        with contextlib.suppress(OSError):  # the end of a terminal
             while part := os.read(terminal, 4096):
                 shown.append(part)
 
@@ -925,7 +925,7 @@ def test_each_row_of_the_tables(cls: type[DDPG_ESMM]) -> None:
 @pytest.mark.parametrize("cls", AGENT_CLASSES)
 def test_the_environment_alone_is_enough(cls: type[DDPG_ESMM], baseline_run: BaselineRun, splits: Splits,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    """The baseline in ./pretrain says the rest: seven networks, all of its sizes."""
+    """Seven networks, all of the sizes of the baseline in ./pretrain."""
     monkeypatch.chdir(baseline_run.folder)
     agent = cls(MTEnv(splits.train))
     for name in NETWORKS:
@@ -999,7 +999,7 @@ def test_an_action_for_any_numeric_state(cls: type[DDPG_ESMM], make_agent: MakeA
 
 
 def prediction(agent: DDPG_ESMM, split: RetailRocketRLDataset, row: int) -> Floats:
-    """What the actor says of one row, asked directly."""
+    """The actor's prediction for one row."""
     ids, numbers, _ = split[row]
     with torch.no_grad():
         answer: Floats = agent.actor.eval()(torch.from_numpy(ids)[None], torch.from_numpy(numbers)[None])[0].numpy()
@@ -1066,7 +1066,7 @@ def test_plain_critics_target_in_closed_form(make_agent: MakeAgent, splits: Spli
 @pytest.mark.parametrize(("cls", "next_value"), [(DDPG_ESMM, -1.0), (DDPG_ESMM_BC, -2.0)])
 def test_only_bc_takes_the_smaller_value(cls: type[DDPG_ESMM], next_value: float, make_agent: MakeAgent,
                                          splits: Splits) -> None:
-    """A critic that says -2, a target that says -1."""
+    """A critic of -2, a target of -1."""
     agent, given = make_agent(cls, gamma=0.5), transitions(splits.val)
     agent.memory.store(**given)
     expected = ((given["reward"][:, 1] + 0.5 * (1 - given["done"]) * next_value + 2.0) ** 2).mean()
@@ -1090,7 +1090,7 @@ def test_only_bc_smooths_the_target(cls: type[DDPG_ESMM], smooths: bool, make_ag
 def test_only_bc_normalizes_numbers(cls: type[DDPG_ESMM], normalizes: bool, make_agent: MakeAgent,
                                     splits: Splits) -> None:
     """Numbers in another unit give the same loss where they are normalized by the memory, without a further call.
-    Every transition is a last one, so that no actor is asked."""
+    Every transition is a last one, so that no actor is needed."""
     agents = [make_agent(cls, drop_out=0.0), make_agent(cls, drop_out=0.0)]
     agents[1].critic1.load_state_dict(agents[0].critic1.state_dict())
     fields, losses = len(splits.val.field_dims), []
@@ -1327,7 +1327,7 @@ def test_gymnasium_makes_the_environment_by_name(splits: Splits) -> None:
 
 
 def test_a_vector_environment_of_summed_rewards(splits: Splits) -> None:
-    """SyncVectorEnv knows scalar rewards: a wrapper makes them."""
+    """SyncVectorEnv supports scalar rewards only: a wrapper sums the tasks."""
     def one() -> AnyEnv:
         return TransformReward(MTEnv(splits.val), lambda reward: float(np.sum(reward)))
 
@@ -1465,7 +1465,7 @@ def test_early_stopper_takes_the_epoch_too() -> None:
 
 
 class RecordingAgent:
-    """An agent as a stopper sees it: it writes down how it is saved."""
+    """An agent that records how it is saved."""
 
     def __init__(self) -> None:
         self.saved: list[tuple[str, bool]] = []
@@ -1511,7 +1511,7 @@ def test_action_normalizer_maps_actions_once(splits: Splits) -> None:
 
 
 def test_polish_weights_in_closed_form(splits: Splits) -> None:
-    """Of critics that say -3 and -5, lambda = 1: w = 1 - lambda Q, and how it can be combined otherwise."""
+    """Of critics of -3 and -5, lambda = 1: w = 1 - lambda Q, and the other methods."""
     for method, no, yes in (
         ("full", [4.0, 6.0], [4.0, 6.0]), ("label", [1.0, 1.0], [4.0, 6.0]), ("constant", [1.0, 1.0], [1.0, 1.0]),
         ("critic", [3.0, 5.0], [3.0, 5.0]), ("inverse", [1 / 4, 1 / 6], [1 / 4, 1 / 6]),
@@ -1598,7 +1598,7 @@ def test_a_time_limit_cuts_sessions(make_agent: MakeAgent, splits: Splits) -> No
 
 
 def test_a_normalized_action_is_the_prediction(make_agent: MakeAgent, splits: Splits) -> None:
-    """The action lies in [-1, 1], and the environment makes the probability of it."""
+    """The action is in [-1, 1], and the environment makes the probability of it."""
     env = ActionNormalizer(MTEnv(splits.val, is_test=True))
     agent = make_agent(env=env)
     state, _ = env.reset()
@@ -1628,12 +1628,12 @@ class AgentRun:
 @pytest.fixture(scope="module")
 def agent_run(make_agent: MakeAgent, splits: Splits, tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
     """One epoch of BC. Read only."""
-    folder, said = tmp_path_factory.mktemp("trained"), io.StringIO()
+    folder, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
     torch.manual_seed(0)
     agent = make_agent(DDPG_ESMM_BC, MTEnv(splits.val))
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(printed):
         rows = loops.train_and_test_offline(MTEnv(splits.test), agent, 1, 30, folder / "agent", folder / "memory.npz")
-    return AgentRun(agent, rows, folder / "agent", folder / "memory.npz", said.getvalue())
+    return AgentRun(agent, rows, folder / "agent", folder / "memory.npz", printed.getvalue())
 
 
 def test_training_returns_a_row_an_epoch(agent_run: AgentRun) -> None:
@@ -1704,8 +1704,8 @@ def test_a_memory_of_another_actor_is_refused(agent_run: AgentRun, polish_run: t
     ("plain", str), ("normalizer statistics limit", Path)])
 def test_test_plays_the_saved_agent(wrap: str, kind: type[str] | type[Path], agent_run: AgentRun, make_agent: MakeAgent,
                                     splits: Splits, capsys: pytest.CaptureFixture[str]) -> None:
-    """It steps every impression of the environment once, and says in full how good the saved actor is; the agent that
-    it is handed stays as it was."""
+    """It steps every impression of the environment once, and prints in full how good the saved actor is; the agent that
+    it is given stays as it was."""
     env = CountingEnv(WRAPPERS[wrap](MTEnv(splits.test, is_test=True)))
     agent = make_agent(DDPG_ESMM_BC, WRAPPERS[wrap](MTEnv(splits.val)))
     for name in NETWORKS:
@@ -1830,7 +1830,7 @@ def test_create_sub_agent_refuses_unknown_names(splits: Splits, baseline_run: Ba
 
 @pytest.fixture(scope="module")
 def critics_run(baseline_run: BaselineRun, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A copy of the shop after `python3 RLmain.py`, and what that said. Read only."""
+    """A copy of `baseline_run` after `python3 RLmain.py`, and its output. Read only."""
     folder = Path(shutil.copytree(baseline_run.folder, tmp_path_factory.mktemp("critics") / "copy"))
     done = run_in_process(folder, "RLmain.py", *RL_FLAGS)
     assert done.returncode == 0, done.stderr
@@ -1867,7 +1867,7 @@ def test_ddpg_trains_its_actor_before_converging(baseline_run: BaselineRun, tmp_
 
 @pytest.fixture(scope="module")
 def polish_run(critics_run: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A copy of that after `python3 SLmain.py --model_name=ple --polish=1`, and what it said. Read only."""
+    """A copy of `critics_run` after `python3 SLmain.py --model_name=ple --polish=1`, and its output. Read only."""
     folder = Path(shutil.copytree(critics_run[0], tmp_path_factory.mktemp("polished") / "copy"))
     done = run_in_process(folder, "SLmain.py", "--model_name=ple", "--polish=1", *SL_FLAGS)
     assert done.returncode == 0, done.stderr
@@ -1925,14 +1925,14 @@ def test_the_published_polisher_weights_training(critics_run: tuple[Path, str], 
 
 def test_the_published_polisher_defaults_and_folders(critics_run: tuple[Path, str], splits: Splits, tmp_path: Path,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of the way by default; the critics' folder can be told; without critics it is refused."""
+    """Half of the way by default; the critics' folder can be given; without critics it is refused."""
     ids, numbers, labels = first_rows(splits.val, 50)
     y, env = torch.full((50, 2), 0.3), MTEnv(splits.val)
-    told = RlLossPolisher(env, "esmm", lambda_=0.5, critic_dir=critics_run[0] / "chkpt/RL")
+    given = RlLossPolisher(env, "esmm", lambda_=0.5, critic_dir=critics_run[0] / "chkpt/RL")
     assert user_error_message(lambda: RlLossPolisher(env, "esmm", critic_dir=str(tmp_path)))
     monkeypatch.chdir(critics_run[0])
     found = RlLossPolisher(env, "esmm")
-    assert float(found.polish_loss(ids, numbers, labels, y)) == float(told.polish_loss(ids, numbers, labels, y))
+    assert float(found.polish_loss(ids, numbers, labels, y)) == float(given.polish_loss(ids, numbers, labels, y))
 
 
 # ----------------------------------------------------------------------------------------------- the page: the packages
@@ -1944,7 +1944,7 @@ def test_the_interface_page_says_what_differs() -> None:
 
 
 def test_gymnasium_is_listed_and_explained() -> None:
-    """The user's page says gym: whoever looks where the packages are listed learns why it is Gymnasium."""
+    """The user's page names gym: the list of packages explains why it is Gymnasium."""
     assert re.search(r"^gymnasium==.*# .*\bgym\b", (REPOSITORY / "requirements.txt").read_text(), flags=re.M)
     page = (REPOSITORY / "docs" / "interface.md").read_text(encoding="utf-8")
     assert re.search(r"\bgym\b", page)

@@ -20,7 +20,7 @@ import torch
 
 from common.fileio import append_checksum
 
-FOLDER = b"a folder stands in place of the file"  # compared by identity
+FOLDER = b"a folder in place of the file"  # compared by identity
 CELLS = ("", " ", "NaN", "nan", "inf", "-inf", "-1", "0", "1", "2", "0.5", "7.0", "1.44E+12", "1e5", "9007199254740991",
          "9007199254740992", "-9007199254740991", "99999999999999999999", "1e308", "1e-320", "1e999", "True", "false",
          "NULL", "null", "None", "N/A", "x", "é", "١", "1_0", "0x10", "+5", " 7 ", "7\v", "=1+1", 'a"b', "\0", "-0",
