@@ -26,14 +26,15 @@ RewardType = Literal["bce", "norm"]
 Floats = NDArray[np.float32]
 MAX_IDS = 2**24
 ROUNDING = 1e-6  # of a wrapper that scales actions
-PROB_EPS = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
+REWARD_PROB_EPS = 1e-4  # a prediction of exactly 0 or 1 that is wrong would cost infinitely much
 
 
 def compute_reward(action: NDArray[Any], label: NDArray[Any], reward_type: RewardType) -> Floats:
-    """Reward of predictions `action` for `label`, both (..., T), each task by itself: (..., T), never positive."""
+    """Reward of predictions `action` for `label`, both (..., T), for each task (..., T). It is never positive: the
+    critics (`layers.CriticNeg`) and `SessionTable.reward_space` depend on it."""
     if reward_type == "norm":
         return -np.abs(action - label).astype(np.float32)
-    p = np.clip(action, PROB_EPS, 1 - PROB_EPS)
+    p = np.clip(action, REWARD_PROB_EPS, 1 - REWARD_PROB_EPS)
     return np.where(label > 0, np.log(p), np.log1p(-p)).astype(np.float32)
 
 
@@ -70,7 +71,7 @@ class SessionTable:
         task_num = self.labels.shape[1]
         self.observation_space = gym.spaces.Box(low.astype(np.float32), high.astype(np.float32), dtype=np.float32)
         self.action_space = gym.spaces.Box(0.0, 1.0, (task_num,), np.float32)
-        reward_low = np.float32(np.log(PROB_EPS)) - 1e-3 if reward_type == "bce" else -1.0
+        reward_low = np.float32(np.log(REWARD_PROB_EPS)) - 1e-3 if reward_type == "bce" else -1.0
         self.reward_space = gym.spaces.Box(reward_low, 0.0, (task_num,), np.float32)
 
     def observe(self, rows: NDArray[np.int64]) -> Floats:

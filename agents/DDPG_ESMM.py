@@ -186,7 +186,7 @@ class DDPG_ESMM:
         return dict(zip(batch, tensors, strict=True)), part
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
-        """Mean squared TD error of one critic (), times the sample weight."""
+        """The mean squared TD error of one critic, times the sample weight: a scalar."""
         return self._td_error(critic_id, critic, transition,
                               self.td_target(critic_id, critic_target, transition))
 

@@ -63,7 +63,7 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         return batch
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
-        """Mean squared TD error of one critic (), times the sample weight; the target is TD3's."""
+        """The mean squared TD error of one critic, times the sample weight: a scalar. The target is TD3's."""
         return self._td_error(critic_id, critic, transition,
                               self.td3_target(critic_id, critic, critic_target, transition))
 
@@ -94,7 +94,7 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         self._soft_update_critics(tau)
 
     def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One update of both critics. Returns their losses, and the actor's two losses as last last_actor_losses."""
+        """One update of both critics. Returns their losses, and the actor's two losses when last evaluated."""
         transition, part = self.sample_shard()
         closses = self._update_critics(transition, part)
         if self.updates % LOG_INTERVAL == 1:

@@ -40,11 +40,12 @@ from env import MTEnv
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, save_model
 from train.Arguments import SLArguments
 from train.offline_rl import collect_transitions
-from train.run import DROPOUT, get_dataset, get_model, sltrain
+from train.run import get_dataset, get_model, sltrain
 from train.supervised import EVALUATION_BATCH, evaluate
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BATCH, EMBED_DIM, EXPERTS, LEARNING_RATE, WEIGHT_DECAY, SEED = 2048, 128, 8, 1e-3, 1e-6, 2022
+BATCH, EMBED_DIM, EXPERTS, DROPOUT = 2048, 128, 8, 0.2
+LEARNING_RATE, WEIGHT_DECAY, SEED = 1e-3, 1e-6, 2022
 TRAINING_ROWS = 20 * BATCH
 FULL_SCALE = SimulationConfig(events=2_756_101, items=417_053, property_rows=20_275_902)  # as RetailRocket
 COMMANDS = (["SLmain.py", "--model_name=esmm"], ["RLmain.py"], ["SLmain.py", "--model_name=ple", "--polish=1"])

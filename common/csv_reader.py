@@ -24,7 +24,7 @@ from common.fileio import require_regular_file, write_text
 csv.field_size_limit(2**31 - 1)  # a cell may exceed the default of 128 KiB
 
 ColumnType = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
-CellError = tuple[int, str, str]  # line, column, problem
+InvalidCell = tuple[int, str, str]  # line, column, problem
 WHITESPACE = " \t\v\f"  # ignored around a number, as by pandas
 NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id that is missing
 BOOLEAN_STRINGS = ("True", "TRUE", "true", "False", "FALSE", "false")  # pandas reads a column of them as 1 and 0
@@ -38,8 +38,13 @@ def log_repairs(path: Path, count: int, repair: str) -> None:
 
 
 def cell_location(path: Path, row: int, column: str) -> str:
-    """The location of a cell, in a file that may have rows of several lines; `row` counts from 0."""
-    return f"{path}, row {row + 1} (about line {row + 2}), column '{column}'"
+    """The location of a cell of a table that `read_table` read, as messages name it; `row` counts from 0.
+
+    The file is read again: blank lines and cells of several lines shift the line.
+    """
+    with _open_maybe_gzip(path, "rt") as file:
+        lines = (line for line, cells in itertools.islice(_iter_rows(file), 1, None) if cells)
+        return f"{path}, line {next(itertools.islice(lines, row, None))}, column '{column}'"
 
 
 def normalize_category(value: str) -> str:
@@ -263,7 +268,7 @@ def _locate_error(path: Path, header: list[str], schema: Mapping[str, ColumnType
     return UserError(f"{path}, line {line}: cannot read as CSV: {error}")
 
 
-def _first_invalid_cell(path: Path, header: list[str], schema: Mapping[str, ColumnType]) -> CellError:
+def _first_invalid_cell(path: Path, header: list[str], schema: Mapping[str, ColumnType]) -> InvalidCell:
     """Line, column and problem of the first invalid row; of the last row, with problem "", if all are valid."""
     line, row = 1, header
     with _open_maybe_gzip(path, "rt") as file:

@@ -1,4 +1,7 @@
-"""Session features: numerical features of a row, from earlier rows of its session or of its user only."""
+"""Session features: numbers of a row that are computed from earlier rows of its session, or of its user.
+
+Item features come from the raw logs: see the importers, `retailrocket` and `kuairand`.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ P_PREFERRED_CATEGORY = 0.6  # of an impression to be of the visitor's preferred 
 
 # Property -> (number of values, 0: of the catalogue's size; std of its effect on the click logit, on the purchase
 # logit). 364 and 776 are long-tailed and have no effect.
-PROPERTIES: dict[str, tuple[int, float, float]] = {
+PROPERTY_EFFECTS: dict[str, tuple[int, float, float]] = {
     "785": (12, 1.2, 1.2),
     "591": (30, 0.4, 0.3),
     "814": (20, 0.4, 0.3),
@@ -136,14 +136,14 @@ class ShopSimulator:
         self.item_ids = rng.permutation(np.arange(1, 2 * config.items))[: config.items].astype(np.int64)
 
         counts = {name: count or (self.num_categories if name == "categoryid" else tail)
-                  for name, (count, _, _) in PROPERTIES.items()}
+                  for name, (count, _, _) in PROPERTY_EFFECTS.items()}
         self.values = {name: _zipf(rng, count, config.items, 1.1) for name, count in counts.items()}  # (I,) each
         self.values["categoryid"] = self.category
         draws, is_stocked = rng.random((WEEKS, config.items)), rng.random(config.items) < 0.7
         self.available = draws < np.where(is_stocked, 0.95, 0.3)  # (W, I)
         self.has_properties = rng.random(config.items) < 0.93  # in the log
-        click_effect = {name: rng.normal(0, PROPERTIES[name][1], count) for name, count in counts.items()}
-        purchase_effect = {name: rng.normal(0, PROPERTIES[name][2], count) for name, count in counts.items()}
+        click_effect = {name: rng.normal(0, PROPERTY_EFFECTS[name][1], count) for name, count in counts.items()}
+        purchase_effect = {name: rng.normal(0, PROPERTY_EFFECTS[name][2], count) for name, count in counts.items()}
         self.click_logit: Floats = np.sum([click_effect[name][self.values[name]] for name in counts], axis=0)  # (I,)
         self.purchase_logit: Floats = np.sum([purchase_effect[name][self.values[name]] for name in counts], axis=0)
         # The popular items and their logits vary with the seed; the rates of carts and purchases should not.
@@ -285,6 +285,7 @@ def expected_return(config: SimulationConfig, ground_truth: pd.DataFrame, gamma:
     while len(visitors.ids):
         step, next_state = shop.step(rng, visitors, items if is_first_step else None)
         p = np.clip(np.column_stack([step.p_click, step.p_pay]), 1e-4, 1 - 1e-4)
+        # The reward `bce` of env.compute_reward, in float64.
         reward = np.where(np.column_stack([step.click, step.pay]), np.log(p), np.log1p(-p))
         is_row = ~step.is_repeated  # a repeated item is no row of its own
         returns[rollout[is_row]] += discount[rollout[is_row], None] * reward[is_row]
@@ -356,7 +357,7 @@ def _simulate_properties(shop: ShopSimulator) -> pd.DataFrame:
                 tables.append(_property_rows(shop, name, week, changed, available))
             continue
         texts = np.array([_hash_value(name, value) for value in range(int(values.max()) + 1)], dtype=object)
-        items = described[rng.random(len(described)) < (0.97 if PROPERTIES[name][0] else 0.9)]
+        items = described[rng.random(len(described)) < (0.97 if PROPERTY_EFFECTS[name][0] else 0.9)]
         if name == "categoryid":
             items = described
         tables.append(_property_rows(shop, name, 0, items, texts[values[items]]))

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from common.csv_reader import ColumnType, read_chunks, read_table
+from common.csv_reader import ColumnType, cell_location, read_chunks, read_table
 from common.errors import UserError
 from common.fileio import atomic_folder, require_free_memory, sha256, write_json
 
@@ -176,7 +176,7 @@ def read_feature_table(path: Path, key: str, fields: Sequence[str]) -> FeatureTa
     duplicates = table[key].duplicated().to_numpy()
     if duplicates.any():
         row = int(duplicates.argmax())
-        raise UserError(f"{path}, line {row + 2}, column '{key}': duplicate {key.removesuffix('id')} "
+        raise UserError(f"{cell_location(path, row, key)}: duplicate {key.removesuffix('id')} "
                         f"{table[key][row]}: remove one of its rows")
     return FeatureTable(key, table)
 

@@ -140,7 +140,7 @@ class SLArguments(Arguments):
     learning_rate: float = option(1e-3, "learning rate of Adam", low=0)
     batch_size: int = option(2048, "B, rows a step", low=1)
     weight_decay: float = option(1e-6, "L2 penalty of Adam", low=0)
-    dropout: float = option(0.2, "dropout probability of hidden units", low=0, high=0.99)
+    dropout: float = option(0.2, "dropout probability of hidden units of the model", low=0, high=0.99)
     calibrator_weight: float = option(0.0, "aitm: weight of its behavioural-expectation calibrator (the paper: 0.6)",
                                       low=0)
     weighting: str = option("equal", "weights of the tasks' losses; all but equal and uncertainty need "
@@ -203,7 +203,7 @@ class RLArguments(Arguments):
     task_num: int = option(2, "T, the tasks: one critic each", low=2, high=2)
     actor_name: str = option("esmm", "the model whose predictions are the actions", choices=list(MODELS))
     agent: str = option("bc", "bc: critics alone, to convergence, as TD3+BC learns them; td3bc: the actor "
-                        "through them too; ddpg: plain DDPG; multiweight: so, with --ips for each task",
+                        "through them too; ddpg: plain DDPG; multiweight: ddpg with --ips weights for each task",
                         choices=list(AGENT_DIR_NAMES))
     reward_type: str = option("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
     epoch: int = option(100, "epochs at most; training stops earlier when the critics have converged", low=1)
@@ -226,7 +226,7 @@ class RLArguments(Arguments):
     init_training_step: int = option(10_000, "updates before the actor trains (all but bc)", low=0)
     ips: bool = option(False, "weight samples by the inverse frequency of their labels: ddpg one weight a sample, "
                        "multiweight and bc one a task")
-    drop_out: float = option(0.2, "dropout probability of hidden units", low=0, high=0.99)
+    drop_out: float = option(0.2, "dropout probability of hidden units of actor and critics", low=0, high=0.99)
     actor_lr: float = option(1e-3, "learning rate of the actor's Adam", low=0)
     critic_lr: float = option(1e-3, "learning rate of the critics' Adam", low=0)
     action_normalizer: bool = option(False, "wrap the environments so that they take actions in [-1, 1] (train.utils."

@@ -1,1 +1,2 @@
-"""Settings (`Arguments`), tools of the loops (`utils`), the books of a run (`checkpoint`, `plots`), loops (`run`)."""
+"""Training: settings (`Arguments`), the documented functions (`run`), supervised training (`supervised`, `metrics`,
+`task_weighting`), critics (`offline_rl`), their weights of the loss (`polish`), stopping rules (`utils`), `plots`."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
-from common.csv_reader import read_table
+from common.csv_reader import cell_location, read_table
 from common.errors import UserError, truncate
 from dataset.features import NUMERICAL_FEATURES
 from dataset.rtrl import RetailRocketRLDataset
@@ -82,11 +82,11 @@ def read_test_metrics(path: Path, task_names: Sequence[str]) -> list[Metrics]:
     if not rows:
         return []
     if len(rows) > 1:
-        raise UserError(f"{path}, line {rows[1] + 2}, column 'split': a second row of test metrics")
+        raise UserError(f"{cell_location(path, rows[1], 'split')}: a second row of test metrics")
     for column, metric in columns.items():
         cell = table[column][rows[0]]
         if not _is_valid_metric(cell, metric):
-            raise UserError(f"{path}, line {rows[0] + 2}, column '{column}': '{truncate(cell)}' is no "
+            raise UserError(f"{cell_location(path, rows[0], column)}: '{truncate(cell)}' is no "
                             f"{metric.replace('_', ' ')}")
     row = table.loc[rows[0]]
     return [Metrics(*(float(row[f"{metric}_{task}"]) for metric in Metrics._fields)) for task in task_names]

@@ -26,8 +26,6 @@ from train.supervised import slpred, sltest, sltrain
 __all__ = ["get_dataset", "get_model", "load_model", "one_iter_offline", "plot_loss", "slpred", "sltest", "sltrain",
            "test", "train_and_test_offline"]
 
-DROPOUT = 0.2
-
 
 def get_dataset(name: str, path: str | Path, numerical: str = "session") -> Splits:
     """Read the MDP tables of a data set; where `rt` is absent it is simulated first.
@@ -56,7 +54,7 @@ def get_dataset(name: str, path: str | Path, numerical: str = "session") -> Spli
 
 
 def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: int, task_num: int, expert_num: int,
-              embed_dim: int, dropout: float = DROPOUT, calibrator_weight: float = 0.0, encoder: str = "none",
+              embed_dim: int, dropout: float = 0.2, calibrator_weight: float = 0.0, encoder: str = "none",
               window: int = 10, bottom_mlp_dims: Sequence[int] = BOTTOM_MLP_DIMS,
               tower_mlp_dims: Sequence[int] = TOWER_MLP_DIMS) -> nn.Module:
     """Build a model of `slmodels`. Raises UserError, with the list, for an unknown name.

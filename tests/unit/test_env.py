@@ -10,7 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import complaint
+from conftest import user_error_message
 from factories import REWARDS, handmade
 from gymnasium.utils.env_checker import check_env
 from numpy.typing import NDArray
@@ -111,7 +111,7 @@ def test_reward_by_its_closed_form(reward_type: RewardType, action: float, label
 
 
 def test_an_unknown_reward_type_is_refused() -> None:
-    assert "bce, norm" in complaint(lambda: MTEnv(handmade([2]), "mse"))  # type: ignore[arg-type]
+    assert "bce, norm" in user_error_message(lambda: MTEnv(handmade([2]), "mse"))  # type: ignore[arg-type]
 
 
 def test_episode_ends_at_the_sessions_last_row() -> None:

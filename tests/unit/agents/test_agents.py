@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import complaint
+from conftest import user_error_message
 from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -146,7 +146,7 @@ def test_buffer_file_round_trip(tmp_path: Path) -> None:
 def test_a_memory_of_another_kind_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     buffer(filled=6).save(tmp_path / "memory.npz", MEMORY)
     memory = buffer()
-    text = complaint(lambda: memory.load(tmp_path / "memory.npz", {**MEMORY, name: value}))
+    text = user_error_message(lambda: memory.load(tmp_path / "memory.npz", {**MEMORY, name: value}))
     assert name.replace("_", " ") in text
     assert "--refill" in text
     assert len(memory) == 0
@@ -156,17 +156,17 @@ def test_a_memory_of_another_version_is_refused(tmp_path: Path, monkeypatch: pyt
     with monkeypatch.context() as patched:
         patched.setattr(importlib.import_module("agents.ReplayBuffer"), "VERSION", 0)
         buffer(filled=6).save(tmp_path / "memory.npz", MEMORY)
-    assert "version" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
+    assert "version" in user_error_message(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
 
 def test_buffer_file_of_other_shape_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "memory.npz"
     buffer(filled=60).save(path, MEMORY)
-    assert "60" in complaint(lambda: buffer(20).load(path, MEMORY))
-    complaint(lambda: ReplayBuffer(4, 2, 100, 8).load(path, MEMORY))
+    assert "60" in user_error_message(lambda: buffer(20).load(path, MEMORY))
+    user_error_message(lambda: ReplayBuffer(4, 2, 100, 8).load(path, MEMORY))
     buffer().save(path, MEMORY)
-    complaint(lambda: buffer().load(path, MEMORY))
-    assert "no such file" in complaint(lambda: buffer().load(tmp_path / "none.npz", MEMORY))
+    user_error_message(lambda: buffer().load(path, MEMORY))
+    assert "no such file" in user_error_message(lambda: buffer().load(tmp_path / "none.npz", MEMORY))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -175,7 +175,7 @@ def test_buffer_file_with_nan_is_refused(tmp_path: Path, name: str, bad: float) 
     memory = buffer(filled=6)
     memory.data[name][3] = bad
     memory.save(tmp_path / "memory.npz", MEMORY)
-    assert f"'{name}'" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
+    assert f"'{name}'" in user_error_message(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
 
 def saved_bytes() -> bytes:
@@ -190,13 +190,13 @@ def test_buffer_file_with_bad_pointer_is_refused(tmp_path: Path, following: Any)
     memory = buffer(filled=6)
     memory.ptr = following
     memory.save(tmp_path / "memory.npz", MEMORY)
-    assert "the next one at" in complaint(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
+    assert "the next one at" in user_error_message(lambda: buffer().load(tmp_path / "memory.npz", MEMORY))
 
 
 def test_buffer_file_without_checksum_is_refused(tmp_path: Path) -> None:
     whole = saved_bytes()
     (tmp_path / "old.npz").write_bytes(whole[:-CHECKSUM_LENGTH - 2] + bytes(2))
-    text = complaint(lambda: buffer().load(tmp_path / "old.npz", MEMORY))
+    text = user_error_message(lambda: buffer().load(tmp_path / "old.npz", MEMORY))
     assert "of an earlier version: run RLmain.py with --refill" in text
 
 
@@ -204,7 +204,7 @@ def test_buffer_file_without_checksum_is_refused(tmp_path: Path) -> None:
 def test_a_truncated_memory_is_refused(tmp_path: Path, keep: float) -> None:
     whole, path = saved_bytes(), tmp_path / "memory.npz"
     path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
-    assert "--refill" in complaint(lambda: buffer().load(path, MEMORY))
+    assert "--refill" in user_error_message(lambda: buffer().load(path, MEMORY))
     gc.collect()  # a file that was left open is this test's failure, not a later one's
 
 
@@ -251,7 +251,7 @@ def test_a_pickle_is_refused_and_never_run(tmp_path: Path, wrapped: bool) -> Non
         np.savez(path, identity=np.array([Bomb(mark)], dtype=object))
     else:
         path.write_bytes(pickle.dumps(Bomb(mark)))
-    assert "--refill" in complaint(lambda: buffer().load(path, MEMORY))
+    assert "--refill" in user_error_message(lambda: buffer().load(path, MEMORY))
     assert not mark.exists()
 
 
@@ -675,7 +675,7 @@ def test_networks_of_another_kind_are_refused(tmp_path: Path, name: str, value: 
     agent = make_agent(tmp_path, handmade([2]))
     agent.save_or_load_agent(str(tmp_path), if_save=True)
     agent.metadata[name] = value
-    text = complaint(lambda: agent.save_or_load_agent(str(tmp_path), if_save=False))
+    text = user_error_message(lambda: agent.save_or_load_agent(str(tmp_path), if_save=False))
     assert name in text
     assert "python3 RLmain.py" in text
 
@@ -685,15 +685,16 @@ def test_networks_of_other_field_sizes_are_refused(tmp_path: Path) -> None:
     agent = make_agent(tmp_path, handmade([2]))
     agent.save_or_load_agent(str(tmp_path), if_save=True)
     other = make_agent(tmp_path, handmade([2], field_dims=(3, 9)))
-    assert "its field_dims is [3, 4]" in complaint(lambda: other.save_or_load_agent(tmp_path, if_save=False))
+    assert "its field_dims is [3, 4]" in user_error_message(lambda: other.save_or_load_agent(tmp_path, if_save=False))
     other.metadata["field_dims"] = [3, 4]
-    assert "do not fit" in complaint(lambda: other.save_or_load_agent(tmp_path, if_save=False))
+    assert "do not fit" in user_error_message(lambda: other.save_or_load_agent(tmp_path, if_save=False))
     make_agent(tmp_path, handmade([2]))  # a baseline of other sizes
     env = MTEnv(handmade([2], field_dims=(3, 9)))
-    assert "its field_dims is [3, 4], not [3, 9]" in complaint(lambda: DDPG_ESMM_BC(env, pretrain_path=tmp_path))
+    text = user_error_message(lambda: DDPG_ESMM_BC(env, pretrain_path=tmp_path))
+    assert "its field_dims is [3, 4], not [3, 9]" in text
 
 
 def test_missing_baseline_error_names_the_command(tmp_path: Path) -> None:
     env = MTEnv(handmade([2]))
-    text = complaint(lambda: DDPG_ESMM_BC(env, "ple", pretrain_path=str(tmp_path)))
+    text = user_error_message(lambda: DDPG_ESMM_BC(env, "ple", pretrain_path=str(tmp_path)))
     assert "python3 SLmain.py --model_name=ple" in text

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from common.csv_reader import (
     MAX_EXACT_INT,
     ColumnType,
+    cell_location,
     count_lines,
     normalize_category,
     read_chunks,
@@ -282,3 +283,10 @@ def test_written_rows_are_read_as_text(tmp_path: Path) -> None:
     assert "column 'loss' is missing" in user_error_message(lambda: read_csv_rows(path, ["loss"]))
     path.write_text("epoch,split\n")
     assert read_csv_rows(path, ["split"]) == []
+
+
+def test_cell_location_counts_blank_lines_and_multiline_cells(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text('item,text\n\n1,"two\nlines"\n2,b\n\n3,c\n')
+    assert [cell_location(path, row, "item") for row in range(3)] == [
+        f"{path}, line {line}, column 'item'" for line in (3, 5, 7)]

@@ -307,7 +307,7 @@ def test_ground_truth_out_of_range(raw_log: Path, tmp_path: Path, column: str, v
     table.loc[4, column] = value
     table.to_csv(tmp_path / "raw" / "truth.csv", index=False)
     text = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
-    assert text.startswith(f"{tmp_path / 'raw' / 'truth.csv'}, row 5 (about line 6), column '{column}': ")
+    assert text.startswith(f"{tmp_path / 'raw' / 'truth.csv'}, line 6, column '{column}': ")
 
 
 def test_duplicate_ground_truth_is_refused(raw_log: Path, tmp_path: Path) -> None:

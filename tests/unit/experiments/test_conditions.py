@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from conftest import complaint
+from conftest import user_error_message
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,7 +59,7 @@ def test_command_line_round_trip(polish: float, seed: int, name: str, resume: bo
     ({"models": "esmm,bert"}, "unknown 'bert'"), ({"tables": "mian"}, "unknown 'mian'"),
     ({"gammas": "0,x"}, "--gammas: '0,x'"), ({"seeds": 1}, "--seeds"), ({"name_filter": "no such"}, "--name_filter")])
 def test_invalid_settings_are_refused(settings: dict[str, Any], message: str) -> None:
-    assert message in complaint(lambda: ExperimentArguments(**settings))
+    assert message in user_error_message(lambda: ExperimentArguments(**settings))
 
 
 def test_name_filter_selects_with_dependencies() -> None:

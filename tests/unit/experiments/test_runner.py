@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from conftest import ENVIRONMENT, command, complaint
+from conftest import ENVIRONMENT, command, user_error_message
 from conftest import run as run_program
 
 from common.errors import UserError
@@ -100,7 +100,7 @@ def test_dead_worker_gives_one_line() -> None:
         with _make_executor(2):
             raise BrokenProcessPool
 
-    assert "worker process died" in complaint(run)
+    assert "worker process died" in user_error_message(run)
 
 
 def test_worker_exits_when_parent_is_killed(tmp_path: Path) -> None:

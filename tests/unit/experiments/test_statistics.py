@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, complaint
+from conftest import REPOSITORY, user_error_message
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
@@ -132,6 +132,6 @@ def test_damaged_results_give_one_line(tmp_path: Path, old: str, new: str, messa
     write_csv(path, make_rows(0.0, 0.1))
     assert len(read_results(path)) == 25
     path.write_text(path.read_text().replace(old, new, 1))
-    text = complaint(lambda: read_results(path))
+    text = user_error_message(lambda: read_results(path))
     assert message in text
     assert str(path) in text

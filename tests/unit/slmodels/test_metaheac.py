@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import complaint
+from conftest import user_error_message
 from torch import Tensor, nn
 
 from common import distributed
@@ -131,4 +131,4 @@ def test_it_learns(rt_tables: Path) -> None:
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_world_size", 2)
-    assert "one process" in complaint(lambda: get_model("metaheac", [3], 1, 2, 2, 4))
+    assert "one process" in user_error_message(lambda: get_model("metaheac", [3], 1, 2, 2, 4))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import complaint
+from conftest import user_error_message
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -140,13 +140,13 @@ def test_every_input_matters(name: str) -> None:
 def test_an_unknown_name_is_refused_with_the_list() -> None:
     with pytest.raises(ValueError, match="unknown model 'esm': one of " + ", ".join(MODELS)):
         make("esm")
-    text = complaint(lambda: get_model("esm", FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED))
+    text = user_error_message(lambda: get_model("esm", FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED))
     assert all(name in text for name in MODELS)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "aitm"])
 def test_a_calibrator_is_for_aitm_alone(name: str) -> None:
-    assert "--calibrator_weight" in complaint(
+    assert "--calibrator_weight" in user_error_message(
         lambda: get_model(name, FIELD_DIMS, NUMBERS, TASKS, EXPERTS, EMBED, calibrator_weight=0.6))
 
 
@@ -330,7 +330,7 @@ def test_ple_shares_half_of_its_experts(experts: int, specific: int, shared: int
 
 
 def test_ple_of_one_expert_is_refused() -> None:
-    assert "expert_num" in complaint(lambda: get_model("ple", FIELD_DIMS, NUMBERS, TASKS, 1, EMBED))
+    assert "expert_num" in user_error_message(lambda: get_model("ple", FIELD_DIMS, NUMBERS, TASKS, 1, EMBED))
 
 
 # ---------------------------------------------------------------------------------------------------------------- AITM

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, SMALL, complaint, run, snapshot
+from conftest import ENVIRONMENT, SMALL, read_tree, run, user_error_message
 
 import RLmain
 import SLmain
@@ -129,27 +129,28 @@ def four_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_larger_than_memory_is_refused(tables: Path, tmp_path: Path,
                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    before = snapshot(tmp_path)
-    text = complaint(lambda: SLmain.main(embed_dim=65536, expert_num=64, model_name="ple", device="cpu"))
+    before = read_tree(tmp_path)
+    text = user_error_message(lambda: SLmain.main(embed_dim=65536, expert_num=64, model_name="ple", device="cpu"))
     assert text.startswith("ple of ")
     assert "GiB of memory are needed, 4.0 GiB are free" in text
-    assert snapshot(tmp_path) == before
+    assert read_tree(tmp_path) == before
     SLmain.main(embed_dim=8, epoch=1, device="cpu")
-    before = snapshot(tmp_path)
-    text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, memory_size=10**8, device="cpu")))
+    before = read_tree(tmp_path)
+    text = user_error_message(lambda: RLmain.main(RLArguments(embed_dim=8, memory_size=10**8, device="cpu")))
     assert text.startswith("a replay buffer of 100,000,000 transitions of 132 bytes")
     assert "about 24.8 GiB of memory are needed" in text
-    text = complaint(lambda: RLmain.main(RLArguments(embed_dim=8, critic_encoder="gru", window=100, device="cpu")))
+    settings = RLArguments(embed_dim=8, critic_encoder="gru", window=100, device="cpu")
+    text = user_error_message(lambda: RLmain.main(settings))
     assert "transitions of 10428 bytes" in text, "a state is a window of 100"
-    assert snapshot(tmp_path) == before
+    assert read_tree(tmp_path) == before
 
 
 @pytest.mark.usefixtures("four_gib")
 def test_raw_logs_are_refused_by_their_size(raw_log: Path, tmp_path: Path) -> None:
-    text = complaint(lambda: simulate(tmp_path / "raw", SimulationConfig(events=100_000_000)))
+    text = user_error_message(lambda: simulate(tmp_path / "raw", SimulationConfig(events=100_000_000)))
     assert text.startswith("a simulated log of 100,000,000 events")
     simulate(tmp_path / "raw", SMALL)
     os.truncate(tmp_path / "raw" / "events.csv", 2**31)  # sparse: it takes no room on the disk
-    text = complaint(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    text = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
     assert text.startswith(f"{tmp_path / 'raw'}: 2.0 GiB of CSV: about 16.0 GiB of memory are needed")
     assert not (tmp_path / "rt").exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import complaint
+from conftest import user_error_message
 from torch import Tensor, nn
 
 import SLmain
@@ -96,21 +96,21 @@ def test_nan_loss_error_names_task_and_tensor(split: RetailRocketRLDataset) -> N
         sltrain(model, torch.optim.SGD(model.parameters(), 0.1), loader, bce_loss, "cpu", **more)
 
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    text = complaint(lambda: train(polisher=Weights()))
+    text = user_error_message(lambda: train(polisher=Weights()))
     assert "task 1: loss is NaN/Inf at epoch 7, step 1 (NaN or infinity in the critics' weights)" in text
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()), "no step was made"
 
     bad_row = int(np.random.default_rng([1, 7]).permutation(len(split))[256 * 3 + 5])  # of the fourth batch
     loader.tensors[1][bad_row, 2] = float("nan")
     try:
-        text = complaint(train)
+        text = user_error_message(train)
     finally:
         loader.tensors[1][bad_row, 2] = 0.0
     assert "task 0: loss is NaN/Inf at epoch 7, step 4 (NaN or infinity in numerical_x)" in text
 
     with torch.no_grad():
         model.towers[1].output.bias.fill_(float("nan"))  # type: ignore[union-attr, index, operator]
-    text = complaint(train)
+    text = user_error_message(train)
     assert "task 1: loss is NaN/Inf at epoch 7, step 1 (NaN or infinity in towers.1.output.bias)" in text
 
 
@@ -132,7 +132,7 @@ def test_nan_keeps_the_last_good_checkpoint(here: Path, monkeypatch: pytest.Monk
         return losses(self, *batch) * (float("nan") if len(steps) == 8 else 1.0)
 
     monkeypatch.setattr(ESMM, "losses", spoiled)
-    text = complaint(lambda: SLmain.main(**SL))
+    text = user_error_message(lambda: SLmain.main(**SL))
     assert "at epoch 2, step 2 (NaN or infinity in predictions)" in text
     state = load_tensors(here / "chkpt/SL/rt_esmm/checkpoint.pt", "")
     assert state["epoch"] == 1
@@ -156,7 +156,7 @@ def test_buffer_refuses_nan(name: str, told: str) -> None:
             "done": np.zeros(4), "label": np.zeros((4, 2), np.float32)}
     memory.store(**rows)
     rows[name][1, 1] = float("nan")
-    assert told in complaint(lambda: memory.store(**rows))
+    assert told in user_error_message(lambda: memory.store(**rows))
     assert len(memory) == 4
 
 
@@ -183,7 +183,7 @@ def test_diverged_critics_stop_the_run(trained: Path, reward_type: str,
     train_critics(RLArguments(**settings))
     monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, critic, target, batch: torch.full_like(
         batch["done"], -1e4 * (self.updates >= 20)))
-    text = complaint(lambda: train_critics(RLArguments(**settings, critic_lr=0.1)))
+    text = user_error_message(lambda: train_critics(RLArguments(**settings, critic_lr=0.1)))
     bound = return_bound(float(np.log(1e-4)) if reward_type == "bce" else 1.0, 0.9, 400)
     assert re.search(r"critic 1 \(task 0\) diverged in epoch 3: mean \|Q\| is \S+, its loss \S+: exceeds the "
                      rf"largest possible return \({bound:.3g}", text), text
@@ -194,7 +194,7 @@ def test_nan_critic_loss_stops_before_the_step(trained: Path, monkeypatch: pytes
     target = DDPG_ESMM_BC.td3_target
     monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, *rest: target(self, task, *rest) * (
         float("inf") if task == 1 and self.updates == 12 else 1.0))
-    text = complaint(lambda: train_critics(RLArguments(**RL)))
+    text = user_error_message(lambda: train_critics(RLArguments(**RL)))
     assert text.startswith("the loss of critic2 (task 1) is inf at update 13 (NaN or infinity in Q or the target, of ")
     assert load_tensors(trained / "chkpt/RL/res_TD3BC_esmm/checkpoint.pt", "")["epoch"] == 1
 

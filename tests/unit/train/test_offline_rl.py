@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import complaint
+from conftest import user_error_message
 from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from numpy.typing import NDArray
 
@@ -143,7 +143,7 @@ def test_resumed_critics_equal_uninterrupted_critics(tmp_path: Path, data: Data,
 
 def test_resume_refuses_other_settings(tmp_path: Path, data: Data) -> None:
     trained(tmp_path, data, 1, settings={"gamma": 0.9})
-    text = complaint(lambda: trained(tmp_path, data, 2, resume=True, settings={"gamma": 0.5}))
+    text = user_error_message(lambda: trained(tmp_path, data, 2, resume=True, settings={"gamma": 0.5}))
     assert "--gamma" in text
     trained(tmp_path, data, 1)
     assert (tmp_path / "checkpoint.previous.pt").exists()
@@ -193,14 +193,14 @@ def test_permanently_collapsed_critic_fails_the_run(tmp_path: Path, data: Data) 
         for critic in (agent.critic2, agent.critic2_target):
             critic.reset_head = lambda: None  # type: ignore[method-assign]
 
-    text = complaint(lambda: trained(tmp_path, data, 50, change=for_good))
+    text = user_error_message(lambda: trained(tmp_path, data, 50, change=for_good))
     assert "critic 2 collapsed" in text
     assert "100%" in text
 
 
 def test_collapse_in_last_epoch_fails_the_run(tmp_path: Path, data: Data) -> None:
     """Reviving at the very end would leave an untrained critic: the run fails, and hands none out."""
-    text = complaint(lambda: trained(tmp_path, data, 1, change=kill_critic))
+    text = user_error_message(lambda: trained(tmp_path, data, 1, change=kill_critic))
     assert "critic 2 collapsed" in text
     assert "or no epoch is left for it" in text
     assert not (tmp_path / "critic2.pth").exists()
@@ -211,7 +211,7 @@ def test_nan_parameter_stops_the_run(tmp_path: Path, data: Data) -> None:
         with torch.no_grad():
             agent.critic1.first.weight.fill_(float("nan"))
 
-    text = complaint(lambda: trained(tmp_path, data, 2, change=spoil))
+    text = user_error_message(lambda: trained(tmp_path, data, 2, change=spoil))
     assert "critic1" in text
     assert "nan" in text
     assert "--critic_lr" in text
@@ -227,7 +227,7 @@ def test_buffer_is_reloaded_unless_metadata_differ(
     assert "filled with" not in capsys.readouterr().out
     assert (tmp_path / "memory.npz").stat().st_mtime_ns == stamp
     np.testing.assert_array_equal(first.memory.storage, second.memory.storage)
-    text = complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+    text = user_error_message(lambda: trained(tmp_path, data, 1, reward_type="norm"))
     assert "its reward type is" in text
     trained(tmp_path, data, 1, reward_type="norm", refill=True)
     assert "filled with" in capsys.readouterr().out
@@ -349,7 +349,7 @@ def test_refused_buffer_leaves_files_unchanged(tmp_path: Path, data: Data) -> No
     baseline = "rt_esmm.pt"  # written by the helper of these tests
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != baseline}
     for _ in range(2):
-        assert "its reward type is" in complaint(lambda: trained(tmp_path, data, 1, reward_type="norm"))
+        assert "its reward type is" in user_error_message(lambda: trained(tmp_path, data, 1, reward_type="norm"))
     with pytest.raises(ValueError, match="at least 1"):
         trained(tmp_path, data, 0)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before

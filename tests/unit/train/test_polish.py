@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import complaint
+from conftest import user_error_message
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -236,9 +236,9 @@ def test_critics_that_weight_a_loss_go_on_training() -> None:
 
 
 def test_missing_critics_are_refused_before_training(shop: Path) -> None:
-    assert "python3 RLmain.py --actor_name=esmm" in complaint(polished)
-    assert "python3 RLmain.py --actor_name=ple" in complaint(lambda: polished(critic_model="ple"))
-    assert "esmm, omoe" in complaint(lambda: polished(critic_model="bert"))
+    assert "python3 RLmain.py --actor_name=esmm" in user_error_message(polished)
+    assert "python3 RLmain.py --actor_name=ple" in user_error_message(lambda: polished(critic_model="ple"))
+    assert "esmm, omoe" in user_error_message(lambda: polished(critic_model="bert"))
     assert {path.name for path in shop.iterdir()} == {"dataset"}
 
 
@@ -366,9 +366,10 @@ def test_out_of_range_metric_is_refused(tmp_path: Path, cell: str) -> None:
     write_csv(path, [{"split": "val"}, {"split": "test", **metrics}])
     assert read_test_metrics(path, names) == [Metrics(0.5, 0.5, 0.5)] * 2
     write_csv(path, [{"split": "val"}, {"split": "test", **metrics, "auc_CTCVR": cell}])
-    assert complaint(lambda: read_test_metrics(path, names)).startswith(f"{path}, line 3, column 'auc_CTCVR': ")
+    text = user_error_message(lambda: read_test_metrics(path, names))
+    assert text.startswith(f"{path}, line 3, column 'auc_CTCVR': ")
     write_csv(path, [{"split": "test", **metrics}, {"split": "test", **metrics}])
-    assert "line 3, column 'split'" in complaint(lambda: read_test_metrics(path, names))
+    assert "line 3, column 'split'" in user_error_message(lambda: read_test_metrics(path, names))
 
 
 def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
@@ -402,7 +403,7 @@ def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
 def test_critics_of_something_else_are_refused(shop: Path, changed: dict[str, Any], named: str) -> None:
     SLmain.main(**TINY, model_name="esmm")
     make_critics(**changed)
-    text = complaint(polished)
+    text = user_error_message(polished)
     assert named in text
     assert "critic1.pth" in text
     assert "python3 RLmain.py" in text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import complaint, snapshot
+from conftest import read_tree, user_error_message
 from torch import Tensor, nn
 
 from common import distributed
@@ -98,12 +98,12 @@ def test_resumed_run_restores_the_task_weighting(here: Path) -> None:
 
 def test_a_missing_package_is_named_with_the_command(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    before = set(snapshot(here))
-    text = complaint(lambda: main(**SMALL, weighting="upgrad"))
+    before = set(read_tree(here))
+    text = user_error_message(lambda: main(**SMALL, weighting="upgrad"))
     assert "pip install -r requirements/weighting.txt" in text
-    assert not [name for name in set(snapshot(here)) - before if name.endswith(".pt")]
+    assert not [name for name in set(read_tree(here)) - before if name.endswith(".pt")]
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "_world_size", 2)
-    assert "one process" in complaint(lambda: make_task_weighting("uncertainty", 2, 0.1, "cpu"))
+    assert "one process" in user_error_message(lambda: make_task_weighting("uncertainty", 2, 0.1, "cpu"))

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import complaint
+from conftest import user_error_message
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
@@ -139,13 +139,13 @@ def test_a_mapping_there_and_back(tmp_path: Path) -> None:
 def test_a_malformed_mapping_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "catemapper.json"
     path.write_text(content)
-    assert str(path) in complaint(lambda: Catemapper.load(path))
+    assert str(path) in user_error_message(lambda: Catemapper.load(path))
 
 
 def test_mapping_with_missing_field_is_refused(tmp_path: Path) -> None:
     mapper = Catemapper(0.2)
     mapper.ids = {"colour": {"red": 1}}
-    assert "field 'colour'" in complaint(lambda: mapper.map(data_set(["a"])))
+    assert "field 'colour'" in user_error_message(lambda: mapper.map(data_set(["a"])))
 
 
 # -------------------------------------------------------------------------------------------------------- EarlyStopper
@@ -323,7 +323,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device("auto").type in ("cpu", "cuda", "mps")
     for name in ("cuda:99", "toaster"):
-        text = complaint(lambda name=name: pick_device(name))
+        text = user_error_message(lambda name=name: pick_device(name))
         assert text.startswith(f"--device: '{name}'")
 
 
@@ -355,7 +355,7 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     path = tmp_path / "m.pt"
     save_model(path, esmm(), {**IDENTITY, name: value})
-    text = complaint(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
+    text = user_error_message(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
     assert text == f"{path}: its {name} is {value}, not {IDENTITY[name]}: train it again"
 
 
@@ -363,7 +363,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, val
                                    [True, 4], {"3": 4}, None], ids=str)
 def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> None:
     save_model(tmp_path / "m.pt", esmm(), {**IDENTITY, "field_dims": value})
-    text = complaint(lambda: load_weights(tmp_path / "m.pt", esmm(), IDENTITY, "train it again"))
+    text = user_error_message(lambda: load_weights(tmp_path / "m.pt", esmm(), IDENTITY, "train it again"))
     assert "its field_dims is " in text
 
 
@@ -378,7 +378,7 @@ def test_an_identity_of_another_type_is_another(tmp_path: Path, value: Any) -> N
 def test_checkpoint_of_other_shapes_is_refused(tmp_path: Path, saved: dict[str, Any]) -> None:
     path = tmp_path / "m.pt"
     save_tensors(path, {**saved, **IDENTITY})
-    text = complaint(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
+    text = user_error_message(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
     assert text.startswith(f"{path}: ")
     assert text.endswith(": train it again")
 
@@ -425,14 +425,14 @@ def test_flags_set_what_they_name() -> None:
     ("esmm", ["esmm", "--help"]),
 ])
 def test_invalid_flag_is_refused_in_one_line(flag: str, words: list[str]) -> None:
-    text = complaint(lambda: arguments(flag))
+    text = user_error_message(lambda: arguments(flag))
     assert all(word in text for word in words)
 
 
 @pytest.mark.parametrize("wrong", [{"model_name": "esm"}, {"embed_dim": 0}, {"learning_rate": float("nan")},
                                    {"learning_rate": float("inf")}], ids=str)
 def test_settings_are_checked_without_a_command_line_too(wrong: dict[str, Any]) -> None:
-    assert f"--{next(iter(wrong))}" in complaint(lambda: SLArguments(**wrong))
+    assert f"--{next(iter(wrong))}" in user_error_message(lambda: SLArguments(**wrong))
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -455,4 +455,4 @@ def test_settings_take_numpys_numbers_paths_and_devices() -> None:
 @pytest.mark.parametrize(("name", "value"), [("epoch", "1"), ("embed_dim", 8.5), ("learning_rate", "0.1"),
                                              ("resume", 1), ("model_name", None)])
 def test_a_setting_of_another_type_is_refused(name: str, value: Any) -> None:
-    assert f"--{name}: {value!r} is of type" in complaint(lambda: SLArguments(**{name: value}))
+    assert f"--{name}: {value!r} is of type" in user_error_message(lambda: SLArguments(**{name: value}))
