@@ -166,4 +166,3 @@ def user_error_message(action: Callable[[], object]) -> str:
     return text
 
 
-COUNTS, snapshot, complaint = SUMMARY_LINES, read_tree, user_error_message  # earlier names
