@@ -86,8 +86,8 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
                 bar.update()
     if not failed:
         return ""
-    key, reason = next(iter(failed.items()))
-    return (f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {reason}; the same "
+    key = next(key for key in runs if key in failed)
+    return (f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {failed[key]}; the same "
             "command runs them again")
 
 

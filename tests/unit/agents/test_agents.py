@@ -197,7 +197,7 @@ def test_buffer_file_without_checksum_is_refused(tmp_path: Path) -> None:
     whole = saved_bytes()
     (tmp_path / "old.npz").write_bytes(whole[:-CHECKSUM_LENGTH - 2] + bytes(2))
     text = user_error_message(lambda: buffer().load(tmp_path / "old.npz", MEMORY))
-    assert "of an earlier version: run RLmain.py with --refill" in text
+    assert "older version): run RLmain.py with --refill" in text
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.98])

@@ -397,7 +397,7 @@ def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
     ({"embed_dim": -3}, "a size of -3"),
     ({"embed_dim": 2**30}, "do not fit"),
     ({"features": "0123456789abcdef"}, "its features are computed in another way"),
-    ({"vocabulary": "0123456789abcdef"}, "its ids stand for other values"),
+    ({"vocabulary": "0123456789abcdef"}, "its vocabulary differs"),
     ({"bottom_mlp_dims": [512]}, "do not fit"),
 ])
 def test_critics_of_something_else_are_refused(shop: Path, changed: dict[str, Any], named: str) -> None:
