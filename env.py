@@ -9,6 +9,7 @@ next impression whatever the action; the last impression terminates the episode.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -255,6 +256,8 @@ if "RMTL/MTEnv-v0" not in gym.registry:
 
 @cli_entry_point
 def cli() -> None:
+    argparse.ArgumentParser(description="Print three random sessions of dataset/rt as the agent observes them."
+                            ).parse_args()
     splits = load_splits(Path("dataset/rt"))
     env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)

@@ -23,12 +23,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from benchmarks.throughput import IMPLEMENTATIONS, REPOSITORY
-from common.errors import UserError, cli_entry_point
+from benchmarks.throughput import IMPLEMENTATIONS, MODELS, REPOSITORY
+from common.errors import UserError, cli_entry_point, command_line
 from common.fileio import read_json, write_json, write_text
 from train.plots import save_figure
 
-MODELS = {"esmm": "ESMM", "mmoe": "MMoE", "ple": "PLE"}
 COMPARED = {"train": "training", "evaluate_distinct": "evaluation, every row distinct",
             "evaluate_repeating": "evaluation, published features (rows repeat)"}
 MIN_RATIO = {"train": (4.0, 3.0, 2.5), "evaluate_distinct": (5.0, 3.0, 3.0), "evaluate_repeating": (8.0, 8.0, 8.0)}
@@ -148,7 +147,8 @@ def hardware_info() -> dict[str, Any]:
 
 @cli_entry_point
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=command_line([]), description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="repeats of every benchmark (default 3)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "performance", help="output directory")
     parser.add_argument("--report_only", action="store_true", help="measure nothing: use the results.json in --out")

@@ -6,6 +6,7 @@ the CSV files to the test metrics.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.__main__ import hardware_info
 from benchmarks.throughput import REPOSITORY, cache_folder, load_data
-from common.errors import UserError, cli_entry_point
+from common.errors import UserError, cli_entry_point, command_line
 from common.fileio import write_json
 from dataset.tables import SPLITS
 from train.plots import save_figure
@@ -59,6 +60,8 @@ def profile_run(folder: Path) -> dict[str, float]:
 
 @cli_entry_point
 def main() -> None:
+    argparse.ArgumentParser(prog=command_line([]), description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     out, cache, results = REPOSITORY / "docs" / "performance", cache_folder(), []
     load_data(cache)
     for millions in MILLIONS:

@@ -9,6 +9,7 @@ loops that their users call. RMTL also reads the six session features; torch-rec
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from agents import DDPG_ESMM_BC
 from common.csv_reader import read_table
 from common.device import pick_device, set_seed
+from common.errors import cli_entry_point, command_line
 from dataset.loader import TensorLoader
 from dataset.prepare import prepare
 from dataset.rtrl import RetailRocketRLDataset, Splits
@@ -48,6 +50,7 @@ BATCH, EMBED_DIM, EXPERTS, DROPOUT = 2048, 128, 8, 0.2
 LEARNING_RATE, WEIGHT_DECAY, SEED = 1e-3, 1e-6, 2022
 TRAINING_ROWS = 20 * BATCH
 FULL_SCALE = SimulationConfig(events=2_756_101, items=417_053, property_rows=20_275_902)  # as RetailRocket
+MODELS = {"esmm": "ESMM", "mmoe": "MMoE", "ple": "PLE"}
 COMMANDS = (["SLmain.py", "--model_name=esmm"], ["RLmain.py"], ["SLmain.py", "--model_name=ple", "--polish=1"])
 Metrics = dict[str, float]
 
@@ -170,7 +173,7 @@ IMPLEMENTATIONS = {"rmtl": rmtl, "rechub": rechub}
 # ------------------------------------------------------------------------------------------------ hardware, data and RL
 
 
-def peak_gemm() -> Metrics:
+def peak_gemm(_folder: Path) -> Metrics:
     """FLOP/s of a product of 2,048 x 768 with 768 x 512, by MKL and by oneDNN."""
     pick_device("cpu")
     x, weight = torch.randn(2048, 768), torch.randn(512, 768)
@@ -257,10 +260,9 @@ def commands(folder: Path) -> Metrics:
     return {"seconds": sum(metrics.values()), **metrics}
 
 
-BENCHMARKS: dict[str, Callable[..., Metrics]] = {
-    "train": train, "evaluate_distinct": evaluate_distinct, "evaluate_repeating": evaluate_repeating,
-    "sessions": sessions, "replay_buffer": replay_buffer, "critics": critics, "full_scale_prepare": full_scale_prepare,
-    "commands": commands}
+BENCHMARKS: dict[str, Callable[..., Metrics]] = {benchmark.__name__: benchmark for benchmark in (
+    peak_gemm, train, evaluate_distinct, evaluate_repeating, sessions, replay_buffer, critics, full_scale_prepare,
+    commands)}
 
 
 def cache_folder() -> Path:
@@ -270,9 +272,19 @@ def cache_folder() -> Path:
     return folder
 
 
-def main(benchmark: str, *arguments: str) -> None:
-    print(json.dumps(peak_gemm() if benchmark == "peak_gemm" else BENCHMARKS[benchmark](cache_folder(), *arguments)))
+@cli_entry_point
+def main() -> None:
+    parser = argparse.ArgumentParser(prog=command_line([]), description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    subcommands = parser.add_subparsers(dest="benchmark", required=True)
+    for name, benchmark in BENCHMARKS.items():
+        subcommand = subcommands.add_parser(name, help=benchmark.__doc__, description=benchmark.__doc__)
+        if benchmark in (train, evaluate_distinct, evaluate_repeating):
+            subcommand.add_argument("implementation", choices=IMPLEMENTATIONS)
+            subcommand.add_argument("name", choices=MODELS)
+    arguments = vars(parser.parse_args())
+    print(json.dumps(BENCHMARKS[arguments.pop("benchmark")](cache_folder(), **arguments)))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -127,7 +127,11 @@ class Arguments(Settings):
         states."""
         same = [setting for setting in fields(Arguments)
                 if setting.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
-        return " ".join([f"python3 {program} --{name}={value}", *_flags(self, same)])
+        words = [f"python3 {program} --{name}={value}", *_flags(self, same)]
+        stem = f"{self.dataset_name}_{self.critic_stem(value)}".removeprefix("rt_")
+        if program == "RLmain.py" and stem != "esmm":  # the default replay buffer is that of another actor
+            words.append(f"--memory_path=pretrain/memory_{stem}.npz")
+        return " ".join(words)
 
 
 @dataclass(kw_only=True)
@@ -248,7 +252,7 @@ def validate(setting: Field[Any], value: Any) -> None:
         raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path is its parent")
     if choices and value not in choices:
         meant = difflib.get_close_matches(str(value), choices, 1)
-        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(choices)}"
+        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(filter(None, choices))}"
                         + (f" (did you mean {meant[0]}?)" if meant else ""))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
@@ -321,7 +325,7 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
         default = f" (default {_text(setting.default)})" if setting.default != "" else ""
         help_text = setting.metadata["help"].replace("%", "%%") + default
         if setting.metadata["choices"]:
-            help_text += "; one of " + ", ".join(setting.metadata["choices"])
+            help_text += "; one of " + ", ".join(filter(None, setting.metadata["choices"]))
         flags = [setting.metadata["flag"]] if setting.metadata["flag"] else []
         if isinstance(setting.default, bool):
             parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, action="store_true",

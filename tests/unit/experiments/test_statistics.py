@@ -126,7 +126,8 @@ def test_report_only_writes_the_report_again(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(("old", "new", "message"), [
     (",seed,", ",sead,", "column 'seed' is missing"), ("esmm", "es,mm", "cells, but the header has"),
-    (",0.5,", ",half,", "'half' is not a number"), (",1.0,", ",,", "'' is not a number"), ("esmm", '"esmm', "is the file cut short?")])
+    (",0.5,", ",half,", "'half' is not a number"), (",1.0,", ",,", "'' is not a number"),
+    ("esmm", '"esmm', "is the file cut short?")])
 def test_damaged_results_give_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "results.csv"
     write_csv(path, make_rows(0.0, 0.1))
