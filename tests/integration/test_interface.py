@@ -557,7 +557,7 @@ def small_model(splits: Splits, task_num: int = 2) -> nn.Module:
 
 
 def train_one_epoch(splits: Splits, loader: Any, criterion: Any, polisher: Any = None,
-                   rate: float = 0.1) -> tuple[dict[str, Tensor], float]:
+                    rate: float = 0.1) -> tuple[dict[str, Tensor], float]:
     """The weights after an epoch of SGD, and its loss."""
     model = small_model(splits)
     loss = loops.sltrain(model, torch.optim.SGD(model.parameters(), rate), loader, criterion, "cpu", polisher)
@@ -1247,8 +1247,7 @@ def test_loading_from_an_empty_folder_is_refused(make_agent: MakeAgent, tmp_path
     assert not any(has_changed(getattr(agent, name), before[name]) for name in NETWORKS)
 
 
-def loss_share(agent: DDPG_ESMM, labels: Floats, chosen: NDArray[np.bool_], task: int,
-                  splits: Splits) -> float:
+def loss_share(agent: DDPG_ESMM, labels: Floats, chosen: NDArray[np.bool_], task: int, splits: Splits) -> float:
     """The loss of a critic that is right everywhere but on the chosen samples, whose error is 1."""
     given = {**transitions(splits.val, len(labels)), "done": np.ones(len(labels), np.float32), "label": labels}
     given["reward"] = np.where(chosen[:, None], -1.0, -2.0).astype(np.float32).repeat(2, axis=1)

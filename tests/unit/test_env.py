@@ -235,8 +235,7 @@ def test_the_normaliser_maps_actions_once() -> None:
 @pytest.mark.parametrize("reward_type", REWARDS)
 @pytest.mark.parametrize("wrappers", ["", "normaliser", "limit", "normaliser limit", "limit normaliser",
                                       "normaliser linear", "statistics normaliser", "normaliser statistics limit"])
-def test_info_has_the_rewarded_action(train: RetailRocketRLDataset, reward_type: RewardType,
-                                                            wrappers: str) -> None:
+def test_info_has_the_rewarded_action(train: RetailRocketRLDataset, reward_type: RewardType, wrappers: str) -> None:
     """The pair that goes into a replay memory, for every combination of wrappers around the environment."""
     env: gym.Env[Any, Any] = MTEnv(train, reward_type)
     for name in wrappers.split():

@@ -215,7 +215,7 @@ DIRECTORY = saved_bytes().index(b"PK\x01\x02")  # of the archive: + 6 the versio
 @example(at=DIRECTORY + 8, flip=1)
 @given(at=st.integers(0, len(saved_bytes()) - 1), flip=st.integers(1, 255))
 def test_corrupt_buffer_file_is_refused_or_unchanged(tmp_path_factory: pytest.TempPathFactory, at: int,
-                                                       flip: int) -> None:
+                                                     flip: int) -> None:
     """Whatever byte is wrong; bytes that no reader looks at may be."""
     damaged, path = bytearray(saved_bytes()), tmp_path_factory.getbasetemp() / "damaged.npz"
     damaged[at] ^= flip
@@ -314,8 +314,7 @@ class Probe(nn.Module):
 
 
 @pytest.mark.parametrize(("current", "target"), [(-0.3, -0.7), (-0.7, -0.3)])
-def test_td3_target_takes_the_smaller_q(tmp_path: Path, current: float,
-                                                                   target: float) -> None:
+def test_td3_target_takes_the_smaller_q(tmp_path: Path, current: float, target: float) -> None:
     agent = uniform(make_agent(tmp_path, handmade([2, 3, 1]), gamma=0.5))
     batch = sample(agent)
     for task in range(2):
@@ -347,8 +346,7 @@ def test_nothing_is_bootstrapped_past_a_sessions_end(tmp_path: Path) -> None:
     assert not torch.equal(agent.td3_target(0, critic, target, batch), targets[0][:, 0])
 
 
-def test_td3_target_noise_and_action_are_clipped(tmp_path: Path,
-                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_td3_target_noise_and_action_are_clipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     agent = uniform(make_agent(tmp_path, handmade([3] * 60), batch_size=180))
     batch, probe = sample(agent), Probe(0.0).eval()
     predicted = agent.actor_target(batch["next_categorical_x"], batch["next_numerical_x"])[:, 0]

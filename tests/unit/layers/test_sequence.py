@@ -188,8 +188,7 @@ def test_loader_windows_equal_environment_observations(lengths: list[int], windo
 
 
 @given(lengths=lengths_of, window=st.integers(1, 9), seed=st.integers(0, 9), data=st.data())
-def test_window_has_no_leakage(lengths: list[int], window: int, seed: int,
-                                                                          data: st.DataObject) -> None:
+def test_window_has_no_leakage(lengths: list[int], window: int, seed: int, data: st.DataObject) -> None:
     one, other = windows_of(lengths, seed), windows_of(lengths, seed + 100)
     row = data.draw(st.integers(0, len(one) - 1))
     mine = (np.arange(len(one)) <= row) & (one.session == one.session[row])

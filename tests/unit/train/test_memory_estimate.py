@@ -126,8 +126,7 @@ def four_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("four_gib")
-def test_run_larger_than_memory_is_refused(tables: Path, tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_larger_than_memory_is_refused(tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     before = read_tree(tmp_path)
     text = user_error_message(lambda: SLmain.main(embed_dim=65536, expert_num=64, model_name="ple", device="cpu"))

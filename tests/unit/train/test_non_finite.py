@@ -177,8 +177,7 @@ def trained(here: Path) -> Path:
 
 
 @pytest.mark.parametrize("reward_type", ["bce", "norm"])
-def test_diverged_critics_stop_the_run(trained: Path, reward_type: str,
-                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+def test_diverged_critics_stop_the_run(trained: Path, reward_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {**RL, "reward_type": reward_type, "refill": True}
     train_critics(RLArguments(**settings))
     monkeypatch.setattr(DDPG_ESMM_BC, "td3_target", lambda self, task, critic, target, batch: torch.full_like(
@@ -221,7 +220,7 @@ def test_implausible_auc_is_warned_about() -> None:
 
 
 def test_run_warns_of_leakage_only_if_present(here: Path, capsys: pytest.CaptureFixture[str],
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     """The label of a row among its own numbers, as a wrong join would put it there."""
     SLmain.main(**{**SL, "epoch": 1})
     assert "warning" not in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Filling the memory, training to convergence, judging, resuming; by hand and on the simulated sessions."""
+"""Filling the replay buffer, training to convergence, judging, resuming; by hand and on the simulated sessions."""
 
 from __future__ import annotations
 
@@ -77,8 +77,7 @@ def test_each_logged_transition_is_stored_exactly_once(tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("lanes", [2, 4096])
-def test_chosen_sessions_are_stored_that_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                                 lanes: int) -> None:
+def test_chosen_sessions_are_stored_that_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int) -> None:
     monkeypatch.setattr(offline, "NUM_ENVS", lanes)
     agent = make_agent(tmp_path, handmade([3, 1, 2]))
     count = collect_transitions(agent, lambda state: np.full((len(state), 2), 0.5, np.float32), np.array([2, 0, 2, 2]))
@@ -117,8 +116,7 @@ def test_uniform_actions_cover_the_unit_interval(
 
 
 @pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
-def test_same_seed_gives_same_buffer_and_critics(tmp_path: Path, data: Data,
-                                                                cls: type[DDPG_ESMM]) -> None:
+def test_same_seed_gives_same_buffer_and_critics(tmp_path: Path, data: Data, cls: type[DDPG_ESMM]) -> None:
     (one, rows), (other, other_rows) = (trained(tmp_path / name, data, 2, cls) for name in ("one", "other"))
     np.testing.assert_array_equal(one.memory.storage, other.memory.storage)
     assert rows == other_rows
@@ -128,8 +126,7 @@ def test_same_seed_gives_same_buffer_and_critics(tmp_path: Path, data: Data,
 
 
 @pytest.mark.parametrize("cls", [DDPG_ESMM_BC, DDPG_ESMM])
-def test_resumed_critics_equal_uninterrupted_critics(tmp_path: Path, data: Data,
-                                                                        cls: type[DDPG_ESMM]) -> None:
+def test_resumed_critics_equal_uninterrupted_critics(tmp_path: Path, data: Data, cls: type[DDPG_ESMM]) -> None:
     whole, rows = trained(tmp_path / "whole", data, 4, cls)
     trained(tmp_path / "parts", data, 2, cls)
     again, again_rows = trained(tmp_path / "parts", data, 4, cls, resume=True)
@@ -150,7 +147,7 @@ def test_resume_refuses_other_settings(tmp_path: Path, data: Data) -> None:
 
 
 def test_convergence_stops_training_and_is_printed(tmp_path: Path, data: Data,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
     """Every change is less than 1000 %: after the first epoch two more are enough."""
     _, rows = trained(tmp_path, data, 9, stopper=ConvergeStopper(num_trials=2, tolerance=10.0))
     assert [row["epoch"] for row in rows] == [1, 2, 3]
@@ -175,8 +172,7 @@ def kill_critic(agent: DDPG_ESMM) -> None:
             critic.tower.output.bias.fill_(-1000.0)
 
 
-def test_collapsed_critic_is_reset_and_printed(tmp_path: Path, data: Data,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_collapsed_critic_is_reset_and_printed(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     agent, rows = trained(tmp_path, data, 4, change=kill_critic)
     said = capsys.readouterr().out
     assert said.count("critic 2 collapsed (100% zero outputs, standard deviation of Q 0): re-initialized") == 1
@@ -233,8 +229,7 @@ def test_buffer_is_reloaded_unless_metadata_differ(
     assert "filled with" in capsys.readouterr().out
 
 
-def test_used_buffer_is_cleared_before_filling(tmp_path: Path, data: Data,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+def test_used_buffer_is_cleared_before_filling(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     """What is written under the agent's name is what such an agent fills, not what it happened to hold before."""
     clean, _ = trained(tmp_path / "clean", data, 1)
     held, _ = trained(tmp_path / "held", data, 1, change=uniform)
@@ -308,8 +303,7 @@ def test_rollout_equals_single_steps(tmp_path: Path) -> None:
         np.testing.assert_allclose(played.returns[row - length], discounted, rtol=1e-4)
 
 
-def test_test_loads_the_saved_agent(tmp_path: Path, data: Data,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+def test_test_loads_the_saved_agent(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str]) -> None:
     agent, _ = trained(tmp_path, data, 1, DDPG_ESMM)
     env = MTEnv(data[1], is_test=True)
     expected = float(offline.rollout(env, agent).score)
@@ -323,6 +317,13 @@ def test_test_loads_the_saved_agent(tmp_path: Path, data: Data,
         line = f"task {task}, AUC {figures[f'auc_{task}']}, Log-loss {figures[f'logloss_{task}']}"
         assert line in said
         assert figures[f"auc_{task}"] != 0.5, "the zeroed actor would reach that"
+
+
+def test_untrained_agents_are_refused(tmp_path: Path, data: Data) -> None:
+    agent = make_agent(tmp_path, data[0])
+    assert user_error_message(agent.update).startswith("the replay buffer is empty: fill it first")
+    message = user_error_message(lambda: play_test_sessions(MTEnv(data[1], is_test=True), agent, tmp_path / "empty"))
+    assert str(tmp_path / "empty") in message
 
 
 def test_losses_are_drawn_into_a_png(tmp_path: Path) -> None:

@@ -90,8 +90,7 @@ def test_contrast_spread_is_independent_of_q_scale() -> None:
 
 @pytest.mark.parametrize(("method", "expected"), [
     ("full", [0.2, 0.5]), ("shuffled", [0.2, 0.5]), ("label", [0.2 * 3 / (0.2 * 3 + 0.8), 0.5 * 5 / (0.5 * 5 + 0.5)])])
-def test_label_free_weights_keep_the_optimum(method: str,
-                                                                               expected: list[float]) -> None:
+def test_label_free_weights_keep_the_optimum(method: str, expected: list[float]) -> None:
     """argmin_p E[w(x) BCE(p(x), y)] = P(y | x) for every positive w(x): a critic that sees the sample, not its label,
     can only change how a model errs, not what it aims at. Weights that see the label aim elsewhere."""
     cells = torch.arange(2).repeat_interleave(100)  # two kinds of samples; 20 % and 50 % of them are positive
@@ -297,7 +296,7 @@ def test_comparison_table_has_baseline_control_and_run(shop: Path, capsys: pytes
 
 @pytest.mark.parametrize("change", [{"seed": 5}, {"learning_rate": 0.1}, {"epoch": 2}])
 def test_control_of_other_settings_is_ignored(shop: Path, capsys: pytest.CaptureFixture[str],
-                                                   change: dict[str, Any]) -> None:
+                                              change: dict[str, Any]) -> None:
     """The same budget and settings, but for the weights: else the comparison says nothing."""
     make_critics()
     polished(polish_method="constant", **change)
@@ -345,8 +344,8 @@ def test_loss_by_weight_decile_is_sorted(shop: Path) -> None:
     ("metrics.csv", "\ntest,", "\ntest,,", "line 4"), ("metrics.csv", "auc_CTR", "auc", "column 'auc_CTR' is missing"),
     ("metrics.csv", "\ntest,", "\ntest,\x00", "NUL"), ("config.json", '"start"', '"Start"', "'start' is missing"),
     ("config.json", "{", "[", "not valid JSON")])
-def test_control_with_corrupt_files_is_skipped(shop: Path, capsys: pytest.CaptureFixture[str],
-                                                              file: str, old: str, new: str, told: str) -> None:
+def test_control_with_corrupt_files_is_skipped(shop: Path, capsys: pytest.CaptureFixture[str], file: str, old: str,
+                                               new: str, told: str) -> None:
     """A finished run is not lost over it."""
     make_critics()
     polished(polish_method="constant")

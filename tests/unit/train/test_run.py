@@ -7,19 +7,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import user_error_message
 
 from common.device import pick_device
 from dataset.loader import TensorLoader
 from dataset.rtrl import load_splits
 from dataset.vocabulary import encode_splits
 from slmodels import MODELS, build
+from train.run import get_dataset
 from train.supervised import slpred
+
+
+def test_nothing_is_simulated_beside_other_tables(tmp_path: Path) -> None:
+    assert "no such data set" in user_error_message(lambda: get_dataset("other", tmp_path))
+    (tmp_path / "train.csv").write_text("timestamp,sessionid\n")
+    message = user_error_message(lambda: get_dataset("rt", tmp_path / "rt"))
+    assert "none is simulated beside train.csv" in message
+    assert "dataset.prepare" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["train.csv"]
 
 
 @pytest.mark.parametrize("numerical", ["session", "none"])
 @pytest.mark.parametrize("name", MODELS)
-def test_equal_rows_are_predicted_once(rt_tables: Path, name: str,
-                                                                    numerical: str) -> None:
+def test_equal_rows_are_predicted_once(rt_tables: Path, name: str, numerical: str) -> None:
     splits = load_splits(rt_tables, numerical)  # type: ignore[arg-type]
     encode_splits(splits, 0.2)
     split = splits.val
