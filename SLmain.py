@@ -186,10 +186,10 @@ def test(training: Training) -> list[Metrics]:
         print(f"task {task}, AUC {auc}, Log-loss {logloss}")
     predictions = slpred(training.model, training.test_loader, len(names), training.device)
     metrics = compute_metrics(predictions, split.labels, split.session)
-    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {figures.session_logloss:.4f}"
-                                                            for task, figures in enumerate(metrics)))
-    for task, figures in enumerate(metrics):
-        print_oracle_auc(split, task, figures)
+    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {of_task.session_logloss:.4f}"
+                                                            for task, of_task in enumerate(metrics)))
+    for task, of_task in enumerate(metrics):
+        print_oracle_auc(split, task, of_task)
     return metrics
 
 

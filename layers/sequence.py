@@ -136,7 +136,7 @@ class SequenceModel(MultiTaskModel):
 
 class SequenceCritic(CriticNeg):
     """A `CriticNeg` behind an encoder of the session. Its mean and std normalize the current numbers; the context,
-    whose share of them stays 0 and 1, is made of numbers as they are."""
+    whose part of them stays 0 and 1, is made of numbers as they are."""
 
     def __init__(self, encoder: str, window: int, categorical_field_dims: Sequence[int], numerical_num: int,
                  embed_dim: int, bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int],

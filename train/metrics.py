@@ -21,7 +21,7 @@ PROB_EPS = 1e-7  # predictions are clipped to [PROB_EPS, 1 - PROB_EPS] in the lo
 
 
 class Metrics(NamedTuple):
-    """One task's figures on one split."""
+    """One task's metrics on one split."""
 
     auc: float  # nan where the split has one class only
     logloss: float

@@ -381,7 +381,7 @@ def rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> float:
 
 def test(environment: gym.Env[Any, Any], agent: DDPG_ESMM, save_dir: str | Path) -> dict[str, float]:
     """The dynamic evaluation: step through the environment's sessions with the actor of the agent saved in `save_dir`;
-    print and return its figures. The agent itself is as before."""
+    print and return its metrics. The agent itself is as before."""
     own = copy.deepcopy(agent.state_dict()["networks"])
     try:
         agent.save_or_load_agent(save_dir, if_save=False)
@@ -389,18 +389,18 @@ def test(environment: gym.Env[Any, Any], agent: DDPG_ESMM, save_dir: str | Path)
     finally:
         for name, network in agent.networks().items():
             network.load_state_dict(own[name])
-    figures: dict[str, float] = {"score": played.score}
+    metrics: dict[str, float] = {"score": played.score}
     for task in range(agent.task_num):
-        metrics = task_metrics(played.action[:, task], played.label[:, task], played.session)
-        figures |= {f"{name}_{task}": value for name, value in metrics._asdict().items()}
-        print(f"test: actor, task {task}, AUC {metrics.auc}, Log-loss {metrics.logloss}")
-    print(f"test: score {figures['score']:.4f}, the mean return of a session")
-    return figures
+        of_task = task_metrics(played.action[:, task], played.label[:, task], played.session)
+        metrics |= {f"{name}_{task}": value for name, value in of_task._asdict().items()}
+        print(f"test: actor, task {task}, AUC {of_task.auc}, Log-loss {of_task.logloss}")
+    print(f"test: score {metrics['score']:.4f}, the mean return of a session")
+    return metrics
 
 
 def plot_loss(score: Any, critic_loss: Any = None, actor_loss: Any = None, actor_loss_reg: Any = None,
               *published: Any, path: str | Path = "curves.png") -> None:
-    """Draw score, critic loss, actor loss and regularised actor loss over the epochs, a panel each (PNG, no display).
+    """Draw score, critic loss, actor loss and regularized actor loss over the epochs, a panel each (PNG, no display).
 
     `plot_loss(rows, path)` takes what `train_and_test_offline` returns; `plot_loss(score, critic_loss, actor_loss,
     actor_loss_reg, path)` four curves; `plot_loss(frame_idx, scores, critic_losses, actor_losses1, actor_losses2)` is

@@ -67,7 +67,7 @@ class ConvergeStopper:
     Args:
         save_path: a folder: the agent that has converged is saved there.
         eps: the change, absolute.
-        tolerance: the change as a share of the loss before, instead of `eps`.
+        tolerance: the change relative to the loss before, instead of `eps`.
     """
 
     def __init__(self, save_path: str | Path | None = None, num_trials: int = 2, eps: float = 3e-3, *,
@@ -108,7 +108,7 @@ def load_attributes(stopper: EarlyStopper | ConvergeStopper, state: Mapping[str,
 class ActionNormalizer(gym.wrappers.RescaleAction[Any, Any, Any]):
     """An environment for agents that act in [-1, 1]: action a becomes 0.5 a + 0.5, once.
 
-    The environment reports the action that it rewarded in `info["action"]`; that one belongs into a replay memory.
+    The environment reports the action that it rewarded in `info["action"]`; that one belongs into a replay buffer.
     """
 
     def __init__(self, env: gym.Env[Any, Any]) -> None:
