@@ -32,6 +32,7 @@ from common.errors import cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
+from layers import standardize
 from slmodels.model_file import keep_previous, save_model
 from train.Arguments import SLArguments, parse
 from train.memory_estimate import check_training, network_size
@@ -145,7 +146,9 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     check_training(network_size(build, field_dims, settings.embed_dim), settings.model_name,
                    min(settings.batch_size, len(splits.train)), device)
     set_seed(settings.seed)
-    return build().to(device)
+    model = build()
+    standardize(model, torch.from_numpy(splits.train.numerical))
+    return model.to(device)
 
 
 def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper, model: nn.Module,
