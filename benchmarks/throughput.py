@@ -69,7 +69,7 @@ def throughput(action: Callable[[], Any], amount: float, repeats: int = 1) -> fl
     return amount * repeats / sum(time_call(action) for _ in range(repeats))
 
 
-def load_data(folder: Path, numerical: str = "session") -> Splits:
+def load_data(folder: Path, numerical: str = "rates") -> Splits:
     """The default simulated data with mapped ids, created in `folder` on first use."""
     splits = get_dataset("rt", str(folder), numerical)
     encode_splits(splits, 0.2)

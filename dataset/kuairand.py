@@ -45,6 +45,7 @@ USER_FIELDS = ("user_active_degree", "is_lowactive_period", "is_live_streamer", 
 VIDEO_FIELDS = ("author_id", "video_type", "upload_type", "music_id", "music_type", "tag")
 DURATION = "video_duration"  # ms; read into buckets, powers of two
 LONG_TAILED = ("video_id", "author_id", "music_id")
+RATES = (*LONG_TAILED, "tag", "tab")  # fields whose counts and rates so far are features, chosen on validation
 TASKS = ({"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "long_view"})
 MIN_SESSION_ROWS = 1
 LOG_MEMORY_FACTOR = 8.0  # bytes of memory per byte of CSV: 7.3 and 7.7 were measured, for 600,000 and 200,000 rows
@@ -73,7 +74,7 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
         row_counts=[*row_counts, *user_counts, *video_counts], inputs=[*logs, *users, *videos],
         feature_tables={"user_feadf.csv": FeatureTable("userid", user_table),
                         "item_feadf.csv": FeatureTable("itemid", video_table)},
-        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), tasks=list(TASKS))
+        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=list(TASKS))
 
 
 def _build_rows(log: pd.DataFrame, session_gap: float,

@@ -84,8 +84,8 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
         source="RetailRocket, simulated" if config else "RetailRocket",
         rows=rows, split_offsets=split_offsets, train_end_ms=train_end_ms, row_counts=row_counts,
         inputs=[event_file, *property_files, *([tree_file] if tree_file else [])],
-        feature_tables={"item_feadf.csv": FeatureTable("itemid", items)}, context=[], long_tailed=list(LONG_TAILED),
-        tasks=list(TASKS), simulation=simulation,
+        feature_tables={"item_feadf.csv": FeatureTable("itemid", items)}, context=[],
+        long_tailed=list(LONG_TAILED), tasks=list(TASKS), simulation=simulation,
         ground_truth=_align_ground_truth(truth_file, rows, config) if config and has_ground_truth else None)
 
 

@@ -31,6 +31,7 @@ from dataset.features import (
     Ids,
     NumericalMode,
     features_version,
+    running_rates,
     session_features,
     user_history_features,
 )
@@ -61,15 +62,18 @@ class RetailRocketRLDataset(Dataset[Example]):
         table: the path of `train.csv`, `val.csv` or `test.csv`, or the rows themselves, which require the next three.
         items: the item table, or several feature tables; a field that is in none is a column of `table`.
         field_names, label_names: the categorical fields, and the labels, one per task.
-        numerical: `session`: the session features; `none`: one column of zeros, as published.
+        numerical: `session`: the session features; `rates`: these and `rates`; `none`: one column of zeros, as
+            published.
         ground_truth: of a simulated log, the state of the simulator at each row of `table`.
         history_features: features (n, N) of the rows of `table` that replace the session features, such as
             `user_history_features`.
+        rates: further features (n, R) of the rows of `table`, such as `running_rates`.
 
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
-        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`), or one column of zeros.
+        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`) and running rates, or one column
+            of zeros.
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
@@ -79,8 +83,9 @@ class RetailRocketRLDataset(Dataset[Example]):
     """
 
     def __init__(self, table: str | Path | pd.DataFrame, items: pd.DataFrame | Sequence[FeatureTable] = (),
-                 field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: NumericalMode = "session",
-                 ground_truth: pd.DataFrame | None = None, history_features: Floats | None = None) -> None:
+                 field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: NumericalMode = "rates",
+                 ground_truth: pd.DataFrame | None = None, history_features: Floats | None = None,
+                 rates: Floats | None = None) -> None:
         if not isinstance(table, pd.DataFrame):
             self.__dict__ |= vars(_read_one_split(Path(table), numerical))
             return
@@ -108,6 +113,8 @@ class RetailRocketRLDataset(Dataset[Example]):
         else:
             self.numerical = (session_features(table, label_names) if history_features is None
                               else history_features[order])
+            if numerical == "rates" and rates is not None:
+                self.numerical = np.hstack([self.numerical, rates[order]])
         self._numerical_mode = numerical
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
@@ -131,7 +138,7 @@ class RetailRocketRLDataset(Dataset[Example]):
     @property
     def metadata(self) -> dict[str, Any]:
         """The metadata that a model of these features must match: data, features with their version, ids and tasks."""
-        features = features_version() if self._numerical_mode == "session" else ""
+        features = "" if self._numerical_mode == "none" else features_version()
         return {"data": "", "tasks": [], **self.source, "numerical": self._numerical_mode, "features": features,
                 "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
                 "numerical_num": self.numerical_num}
@@ -177,7 +184,7 @@ class Splits:
         return [task["name"] for task in self.manifest["tasks"]]
 
 
-def load_splits(path: Path, numerical: NumericalMode = "session") -> Splits:
+def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
@@ -215,8 +222,9 @@ def load_splits(path: Path, numerical: NumericalMode = "session") -> Splits:
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table)
     history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
+    rates = _running_rates(tables, feature_tables, manifest, labels) if numerical == "rates" else {}
     datasets = {split: RetailRocketRLDataset(table, list(feature_tables.values()), fields, labels, numerical,
-                                             ground_truth.get(split), history.get(split))
+                                             ground_truth.get(split), history.get(split), rates.get(split))
                 for split, table in tables.items()}
     for dataset in datasets.values():
         dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
@@ -295,6 +303,20 @@ def _session_order(table: pd.DataFrame) -> Ids:
     session_start = np.full(len(sessions), np.iinfo(np.int64).max)
     np.minimum.at(session_start, session_index, time)
     return np.lexsort((np.arange(len(table)), time, session_index, session_start[session_index]))
+
+
+def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
+                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Floats]:
+    """`running_rates` of the fields that the manifest names, over all splits in order of time; by split."""
+    rows = pd.concat(tables.values(), ignore_index=True)
+    groups = {}
+    for field in manifest["rates"]:
+        values, index = next(((table[field], pd.Index(table[key]).get_indexer(pd.Index(rows[key])))
+                              for key, table in feature_tables.values() if field in table.columns),
+                             (rows.get(field), np.arange(len(rows))))
+        groups[field] = _categorical_column(values.to_numpy(), index).codes
+    ends = np.cumsum([len(table) for table in tables.values()])
+    return dict(zip(tables, np.split(running_rates(rows, groups, labels), ends[:-1]), strict=True))
 
 
 def _categorical_column(values: NDArray[np.object_], index: NDArray[np.int64]) -> CategoricalColumn:

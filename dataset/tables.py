@@ -57,6 +57,7 @@ class PreparedDataset:
         history_key: the key, such as the user's, over whose earlier rows the session features are computed; "": over
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
+        rates: fields whose counts and rates so far are numerical features (`dataset.features.running_rates`).
         tasks: objects with "name" and "label"; the first is CTR.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
     """
@@ -72,6 +73,7 @@ class PreparedDataset:
     long_tailed: list[str]
     tasks: list[dict[str, str]]
     history_key: str = ""
+    rates: Sequence[str] = ()
     simulation: dict[str, Any] | None = None
     ground_truth: pd.DataFrame | None = None
 
@@ -113,6 +115,7 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
             "categorical": [*dataset.context, *(field for table in dataset.feature_tables.values()
                                                 for field in table.fields)],
             "long_tailed": dataset.long_tailed,
+            "rates": list(dataset.rates),
             "context": dataset.context,
             "history": dataset.history_key,
             "tables": {name: {"key": table.key, "fields": table.fields}
