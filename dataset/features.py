@@ -55,8 +55,8 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))
 
 
-def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> Floats:
-    """How often the values of a row's fields were shown so far, and with which outcomes: (n, G (1 + T)) float32.
+def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> pd.DataFrame:
+    """How often the values of a row's fields were shown so far, and with which outcomes: G (1 + T) columns, float32.
 
     For each field, with m the earlier rows of the same value and c_k their outcomes of task k that are known when the
     row is shown: log(1 + m), and the log-odds of the smoothed rate (c_k + A r_k) / (m + A), A = RATE_STRENGTH, where
@@ -79,14 +79,14 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
 
     shown, known = counts(everything)
     priors = [(count + 0.5) / (shown + 1.0) for count in known]
-    columns: list[NDArray[np.float64]] = []
-    for codes in groups.values():
+    columns = {}
+    for field, codes in groups.items():
         shown, known = counts(codes + 1)
-        columns.append(np.log1p(shown))
-        for count, prior in zip(known, priors, strict=True):
+        columns[f"{field} count"] = np.log1p(shown)
+        for label, count, prior in zip(labels, known, priors, strict=True):
             rate = (count + RATE_STRENGTH * prior) / (shown + RATE_STRENGTH)
-            columns.append(np.log(rate / (1.0 - rate)))
-    return np.column_stack([*columns, np.empty((len(rows), 0))]).astype(np.float32)
+            columns[f"{field} {label} rate"] = np.log(rate / (1.0 - rate))
+    return pd.DataFrame(columns, index=rows.index, dtype=np.float32)
 
 
 def features_version() -> str:
@@ -102,7 +102,7 @@ def features_version() -> str:
                               for label, delay in (("click", 9_000.0), ("pay", 60_000.0))})
     features = (session_features(log), session_features(timed_log),
                 user_history_features({"train": timed_log}, "user", ("click", "pay"))["train"],
-                running_rates(timed_log, {"item": rows % 4 - 1}, ("click", "pay")))
+                running_rates(timed_log, {"item": rows % 4 - 1}, ("click", "pay")).to_numpy())
     return hashlib.sha256(np.round(np.hstack(features).astype(np.float64), 5).tobytes()).hexdigest()[:16]
 
 

@@ -27,6 +27,7 @@ from common.csv_reader import cell_location, count_lines, log_repairs, normalize
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from dataset.features import (
+    NUMERICAL_FEATURES,
     Floats,
     Ids,
     NumericalMode,
@@ -67,13 +68,14 @@ class RetailRocketRLDataset(Dataset[Example]):
         ground_truth: of a simulated log, the state of the simulator at each row of `table`.
         history_features: features (n, N) of the rows of `table` that replace the session features, such as
             `user_history_features`.
-        rates: further features (n, R) of the rows of `table`, such as `running_rates`.
+        rates: further features of the rows of `table`, a column each, such as `running_rates`.
 
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
         numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`) and running rates, or one column
             of zeros.
+        numerical_names: of the columns of `numerical`.
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
@@ -85,7 +87,7 @@ class RetailRocketRLDataset(Dataset[Example]):
     def __init__(self, table: str | Path | pd.DataFrame, items: pd.DataFrame | Sequence[FeatureTable] = (),
                  field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: NumericalMode = "rates",
                  ground_truth: pd.DataFrame | None = None, history_features: Floats | None = None,
-                 rates: Floats | None = None) -> None:
+                 rates: pd.DataFrame | None = None) -> None:
         if not isinstance(table, pd.DataFrame):
             self.__dict__ |= vars(_read_one_split(Path(table), numerical))
             return
@@ -108,13 +110,15 @@ class RetailRocketRLDataset(Dataset[Example]):
         rows = np.arange(len(table))
         self.fields = {field: self.fields[field] if field in self.fields
                        else _categorical_column(table[field].to_numpy(), rows) for field in field_names}
+        self.numerical_names = ["zero"] if numerical == "none" else [*NUMERICAL_FEATURES]
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
             self.numerical = (session_features(table, label_names) if history_features is None
                               else history_features[order])
             if numerical == "rates" and rates is not None:
-                self.numerical = np.hstack([self.numerical, rates[order]])
+                self.numerical = np.hstack([self.numerical, rates.to_numpy(np.float32)[order]])
+                self.numerical_names += map(str, rates.columns)
         self._numerical_mode = numerical
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
@@ -306,7 +310,7 @@ def _session_order(table: pd.DataFrame) -> Ids:
 
 
 def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
-                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Floats]:
+                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, pd.DataFrame]:
     """`running_rates` of the fields that the manifest names, over all splits in order of time; by split."""
     rows = pd.concat(tables.values(), ignore_index=True)
     groups = {}
@@ -315,8 +319,9 @@ def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[s
                               for key, table in feature_tables.values() if field in table.columns),
                              (rows.get(field), np.arange(len(rows))))
         groups[field] = _categorical_column(values.to_numpy(), index).codes
+    rates = running_rates(rows, groups, labels)
     ends = np.cumsum([len(table) for table in tables.values()])
-    return dict(zip(tables, np.split(running_rates(rows, groups, labels), ends[:-1]), strict=True))
+    return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}
 
 
 def _categorical_column(values: NDArray[np.object_], index: NDArray[np.int64]) -> CategoricalColumn:

@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from common.csv_reader import cell_location, read_table
 from common.errors import UserError, truncate
-from dataset.features import NUMERICAL_FEATURES
 from dataset.rtrl import RetailRocketRLDataset
 from dataset.sessions import SessionIndex
 
@@ -50,14 +49,12 @@ LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single feat
 def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
     """A warning for each numerical feature that alone predicts a label of a split."""
     step = -(-len(split) // LEAKAGE_SAMPLE)
-    names = (NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES)
-             else [str(number) for number in range(split.numerical_num)])
     found = []
     for task, task_name in enumerate(task_names):
         label = split.labels[::step, task]
         if not 0 < label.sum() < len(label):
             continue
-        for number, name in enumerate(names):
+        for number, name in enumerate(split.numerical_names):
             auc = float(roc_auc_score(label, split.numerical[::step, number]))
             if max(auc, 1 - auc) > LEAKAGE_AUC:
                 found.append(f"warning: {task_name}: the feature '{name}' alone has AUC {auc:.4f} on the {split_name} "

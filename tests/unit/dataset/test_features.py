@@ -205,5 +205,5 @@ def test_running_rates_ignore_the_present_and_future(data: st.DataObject) -> Non
     changed = table.copy()
     unknown = table["click_time"] >= time[row]
     changed.loc[unknown, "click"] = 1 - changed.loc[unknown, "click"]
-    first, second = (running_rates(one, {"value": value % 3}, ["click"])[row] for one in (table, changed))
+    first, second = (running_rates(one, {"value": value % 3}, ["click"]).iloc[row] for one in (table, changed))
     np.testing.assert_array_equal(first, second)
