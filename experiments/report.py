@@ -14,7 +14,8 @@ from experiments.statistics import ALPHA, CONTROLS, Pair, PairedTest, Results
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
           "transfer": "Critics of another model", "lambda": "Lambda", "gamma": "Gamma (discount)",
           "tau": "Tau (target averaging)", "weighting": "Task weighting", "session": "Session features and encoders"}
-METRICS = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
+METRICS = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss", "session_gauc": "s-GAUC",
+           "user_gauc": "u-GAUC"}
 
 
 def write_report(rows: Sequence[dict[str, str]], out: Path, command: str) -> None:
@@ -83,11 +84,12 @@ def headline(results: Results) -> str:
 
 
 def main_table(results: Results) -> str:
-    """Test metrics of baseline, controls and RMTL."""
-    return _table(["model", "run", *(f"{task} {title}" for task in results.tasks for title in METRICS.values())], [
-        [model, condition, *(results.mean(model, condition, f"{metric}_{task}")
-                             for task in results.tasks for metric in METRICS)]
-        for model in results.models for condition in (*CONTROLS, "RMTL")])
+    """Test metrics of baseline, controls and RMTL; without those that all rows lack."""
+    columns = {f"{metric}_{task}": f"{task} {title}" for task in results.tasks for metric, title in METRICS.items()
+               if f"{metric}_{task}" in results.table}
+    runs = [(model, condition) for model in results.models for condition in (*CONTROLS, "RMTL")]
+    return _table(["model", "run", *columns.values()], [
+        [*run, *(results.mean(*run, column) for column in columns)] for run in runs])
 
 
 def difference_table(results: Results, pairs: Sequence[Pair], means: bool = False) -> str:
