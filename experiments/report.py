@@ -9,7 +9,7 @@ import numpy as np
 
 from common.fileio import write_text
 from experiments.plots import plot_differences, plot_learning, plot_sensitivity, plot_weights
-from experiments.statistics import ALPHA, CONTROLS, Pair, PairedTest, Results
+from experiments.statistics import ALPHA, CONTROLS, REFERENCE, Pair, PairedTest, Results
 
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
           "transfer": "Critics of another model", "lambda": "Lambda", "gamma": "Gamma (discount)",
@@ -51,6 +51,11 @@ def _section(results: Results, dataset: str, out: Path) -> str:
         against = (("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))
         parts += [headline(results), f"![differences in AUC]({dataset}_gain.png)", main_table(results),
                   difference_table(results, [(model, *pair) for model in results.models for pair in against])]
+        if len(results.rows(*REFERENCE)):
+            parts += ["### Against gradient-boosted trees",
+                      "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, "
+                      "one a task (`experiments/boosting.py`).",
+                      difference_table(results, [(model, "baseline", REFERENCE[1]) for model in results.models])]
     else:
         parts.append("No model has a complete set of runs (baseline, controls and RMTL).")
     for name, title in TITLES.items():
@@ -84,10 +89,11 @@ def headline(results: Results) -> str:
 
 
 def main_table(results: Results) -> str:
-    """Test metrics of baseline, controls and RMTL; without those that all rows lack."""
+    """Test metrics of baseline, controls, RMTL and the reference; without those that all rows lack."""
     columns = {f"{metric}_{task}": f"{task} {title}" for task in results.tasks for metric, title in METRICS.items()
                if f"{metric}_{task}" in results.table}
     runs = [(model, condition) for model in results.models for condition in (*CONTROLS, "RMTL")]
+    runs += [REFERENCE] * bool(len(results.rows(*REFERENCE)))
     return _table(["model", "run", *columns.values()], [
         [*run, *(results.mean(*run, column) for column in columns)] for run in runs])
 

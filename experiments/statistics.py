@@ -25,6 +25,7 @@ TRAILING_COLUMNS = ("fingerprint", "machine", "seconds", "command")  # the metri
 NUMERIC_COLUMNS = ("seed", "epoch", "epochs", "seconds")
 METRIC_PREFIXES = ("auc_", "logloss_", "session_logloss_", "session_gauc_", "user_gauc_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
+REFERENCE = ("scikit-learn", "boosting")  # its model and condition: a control of every model
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
@@ -102,6 +103,8 @@ class Results:
                                    .reset_index(drop=True)) for name, part in table.groupby("dataset", sort=False)}
 
     def rows(self, model: str, condition: str) -> pd.DataFrame:
+        """The rows of a condition; those of the reference whatever the model."""
+        model = REFERENCE[0] if condition == REFERENCE[1] else model
         return self.table[(self.table["model"] == model) & (self.table["condition"] == condition)]
 
     def pairs(self, name: str) -> list[Pair]:

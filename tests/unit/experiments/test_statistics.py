@@ -113,6 +113,24 @@ def test_rows_without_gauc_remain_reportable(tmp_path: Path) -> None:
     assert [line.count(" - ") for line in table.splitlines()[2:]] == [4, 4, 4, 0]
 
 
+def test_boosting_is_beside_every_model(tmp_path: Path) -> None:
+    """One row of metrics, and the differences of each model's baseline, in a table and correction of their own."""
+    rows = make_rows(0.003, 0.0003)
+    baselines = [row for row in rows if row["condition"] == "baseline"]
+    boosted = [{**row, "model": "scikit-learn", "condition": "boosting",
+                **{f"auc_{task}": str(float(row[f"auc_{task}"]) + 0.01) for task in ("CTR", "CTCVR")}}
+               for row in baselines]
+    write_report(rows, tmp_path / "without", "c")
+    write_report([*rows, *boosted], tmp_path / "with", "c")
+    without, text = ((tmp_path / name / "report.md").read_text() for name in ("without", "with"))
+    assert "boosting" not in without
+    assert len([line for line in text.splitlines() if line.startswith("| scikit-learn | boosting |")]) == 1
+    assert ("| esmm | baseline | boosting | -10.00 (-10.00 to -10.00) | 0.000 | 0.000 | "
+            "-10.00 (-10.00 to -10.00) | 0.000 | 0.000 |") in text
+    assert set(without.splitlines()) - set(text.splitlines()) == {
+        line for line in without.splitlines() if line.startswith("from 25 runs")}
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_report_of_incomplete_results(tmp_path: Path, count: int) -> None:
     write_report(make_rows(0.003, 0.0003)[:count], tmp_path, "python3 -m experiments")
