@@ -175,7 +175,7 @@ def fit(training: Training, epochs: int) -> None:
         loss = sltrain(model, training.optimizer, training.train_loader, bce_loss, device, training.polisher,
                        weighting=training.weighting)
         predictions = slpred(model, training.val_loader, len(training.task_names), device)
-        training.end_epoch(loss, compute_metrics(predictions, val.labels, val.session))
+        training.end_epoch(loss, compute_metrics(predictions, val.labels, val.session, val.user))
 
 
 def test(training: Training) -> list[Metrics]:
@@ -188,9 +188,12 @@ def test(training: Training) -> list[Metrics]:
     for task, (auc, logloss) in enumerate(zip(aucs, loglosses, strict=True)):
         print(f"task {task}, AUC {auc}, Log-loss {logloss}")
     predictions = slpred(training.model, training.test_loader, len(names), training.device)
-    metrics = compute_metrics(predictions, split.labels, split.session)
-    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {of_task.session_logloss:.4f}"
-                                                            for task, of_task in enumerate(metrics)))
+    metrics = compute_metrics(predictions, split.labels, split.session, split.user)
+    for title, metric in (("s-Logloss, the mean over sessions", "session_logloss"),
+                          ("s-GAUC, the AUC inside a session, weighted by impressions", "session_gauc"),
+                          ("u-GAUC, the same of users", "user_gauc")):
+        print(f"{title}: " + ", ".join(f"task {task} {getattr(of_task, metric):.4f}"
+                                       for task, of_task in enumerate(metrics)))
     for task, of_task in enumerate(metrics):
         print_oracle_auc(split, task, of_task)
     return metrics
@@ -201,7 +204,7 @@ def print_oracle_auc(test: RetailRocketRLDataset, task: int, metrics: Metrics) -
     if np.isnan(metrics.auc):
         print(f"task {task}: AUC is nan, because every label of the test split is {test.labels[0, task]:.0f}")
     elif test.oracle_probabilities is not None:
-        best = task_metrics(test.oracle_probabilities[:, task], test.labels[:, task], test.session).auc
+        best = task_metrics(test.oracle_probabilities[:, task], test.labels[:, task], test.session, test.user).auc
         print(f"task {task}, best possible AUC {best:.4f} (simulated data: the true probabilities); the model is "
               f"{(metrics.auc - 0.5) / (best - 0.5):.0%} of the way from 0.5")
 

@@ -79,6 +79,7 @@ class RetailRocketRLDataset(Dataset[Example]):
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
+        history_key: the key of the user, whose earlier rows the history features are of; "": there is none.
         timestamp: (n,) int64 ms.
         ground_truth: `dataset.simulate.GROUND_TRUTH_SCHEMA` of each row if the log is simulated, else None.
         long_tailed: fields of which only the frequent values are kept; None if unknown.
@@ -93,6 +94,7 @@ class RetailRocketRLDataset(Dataset[Example]):
             return
         self.source: dict[str, Any] = {}
         self.long_tailed: list[str] | None = None
+        self.history_key = ""
         label_names = list(label_names)
         order = _session_order(table)
         table = table.iloc[order]
@@ -138,6 +140,11 @@ class RetailRocketRLDataset(Dataset[Example]):
     def itemid(self) -> Ids:
         """The item of each row, (n,)."""
         return self.keys["itemid"]
+
+    @property
+    def user(self) -> Ids:
+        """The user of each row, (n,): by the history key; without one each session is a user of its own."""
+        return self.keys[self.history_key] if self.history_key else self.session
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -233,6 +240,7 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     for dataset in datasets.values():
         dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
+        dataset.history_key = str(manifest["history"])
     return Splits(**datasets, manifest=manifest, fingerprint=fingerprint)
 
 

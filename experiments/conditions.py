@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from experiments.boosting import BoostingArguments
 from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, option
 from train.task_weighting import WEIGHTINGS
 
 TABLES = ("main", "ablation", "session", "exploratory", "weighting", "transfer", "lambda", "gamma", "tau")
+BOOSTING = "-m experiments.boosting"
 Key = tuple[str, str, str, int]  # data set, model, condition, seed
 
 
@@ -121,6 +123,7 @@ def conditions(settings: ExperimentArguments) -> list[Condition]:
         _polish("main", model, "RMTL"),
         Condition("main", model, "constant", {"polish_lambda": 1.0, "polish_method": "constant"}, "baseline"),
         _polish("main", model, "shuffled", polish_method="shuffled"))]
+    every.append(Condition("main", "scikit-learn", "boosting", program=BOOSTING))
     every += [_polish("ablation", main_model, method, polish_method=method) for method in ("label", "critic")]
     every += [Condition("session", main_model, ", ".join(f"{key} {value}" for key, value in inputs.items()), inputs,
                         "baseline")
@@ -219,9 +222,12 @@ class ExperimentRun:
         name = name.replace(", ", "_").replace(" ", "_").replace("'", "")
         return experiment.folder / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
 
-    def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments:
+    def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments | BoostingArguments:
         """The settings of its program."""
         condition, folder = self.condition, self.folder(experiment)
+        if condition.program == BOOSTING:
+            return BoostingArguments(dataset_name=self.dataset, dataset_path=experiment.dataset_path, seed=self.seed,
+                                     save_dir=str(folder))
         pretrain = self.folder(experiment, (condition.model, "baseline")) if condition.starts_from_baseline else folder
         shared: dict[str, Any] = {
             "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,

@@ -29,9 +29,11 @@ from common.fileio import read_json
 from common.run_dir import CRITIC_NAMES
 from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
+from experiments import boosting
+from experiments.boosting import BoostingArguments
 from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
 from experiments.statistics import read_results, write_results
-from train.Arguments import RLArguments, SLArguments, to_command_line
+from train.Arguments import RLArguments, Settings, SLArguments, to_command_line
 from train.run import get_dataset
 
 KEEP_FILES = ("metrics.csv", "test.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")
@@ -100,11 +102,12 @@ def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log):
-        resumed = replace(settings, resume=True)
-        if isinstance(resumed, RLArguments):
-            RLmain.main(resumed)
+        if isinstance(settings, BoostingArguments):
+            boosting.main(settings)
+        elif isinstance(settings, RLArguments):
+            RLmain.main(replace(settings, resume=True))
         else:
-            SLmain.main(**asdict(resumed))
+            SLmain.main(**asdict(replace(settings, resume=True)))
     config = read_json(_single_match(folder, "config.json"))
     history = read_csv_rows(_single_match(folder, "metrics.csv"))
     tasks = [task["name"] for task in config["data"]["tasks"]]
@@ -139,11 +142,12 @@ def _single_match(folder: Path, name: str) -> Path:
     return path
 
 
-def _is_dependency(path: Path, run: ExperimentRun, settings: SLArguments | RLArguments) -> bool:
+def _is_dependency(path: Path, run: ExperimentRun, settings: Settings) -> bool:
     """Whether later runs load this file: a baseline, or critics."""
     if isinstance(settings, RLArguments):
         return path.suffix == ".pth" and path.stem in CRITIC_NAMES and settings.agent == "bc"
-    return run.condition.name == "baseline" and path == settings.baseline(run.condition.model)
+    return (isinstance(settings, SLArguments) and run.condition.name == "baseline"
+            and path == settings.baseline(run.condition.model))
 
 
 def _collect_metrics(history: list[Row], deciles: list[Row]) -> Row:

@@ -193,6 +193,9 @@ def test_session_gap_and_minimum_session_length(tmp_path: Path) -> None:
         gaps = split.groupby("sessionid")["timestamp"].diff().dropna()
         assert gaps.max() <= 5 * 60_000
         assert split.groupby("sessionid").size().min() == 2
+    train = load_splits(tmp_path / "kr").train
+    assert train.user.tolist() == train.keys["userid"].tolist()
+    assert len(set(train.user)) < len(set(train.session)), "a user has several sessions"
 
 
 @pytest.mark.parametrize(("name", "shown"), [("log_standard", "log_standard_*.csv"), ("user_features", "user_features"),
