@@ -39,7 +39,7 @@ from dataset.features import (
 from dataset.manifest import FINGERPRINT_KEYS, PAPER_MANIFEST, read_manifest, verify_checksums
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split
+from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split, session_order
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -96,7 +96,7 @@ class RetailRocketRLDataset(Dataset[Example]):
         self.long_tailed: list[str] | None = None
         self.history_key = ""
         label_names = list(label_names)
-        order = _session_order(table)
+        order = session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy(copy=True)
         self.timestamp: Ids = table["timestamp"].to_numpy(copy=True)
@@ -281,7 +281,7 @@ def _read_ground_truth(path: Path, tables: Mapping[str, pd.DataFrame],
 
 def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> None:
     """Print how many rows contradict each other or themselves; the files of `dataset.prepare` have none."""
-    order = _session_order(table)
+    order = session_order(table)
     log_repairs(path, int((order != np.arange(len(order))).sum()), "rows sorted by session and time")
     timestamp = table["timestamp"].to_numpy()
     for label in labels:
@@ -306,15 +306,6 @@ def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
     fields = ", ".join([*changed][:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
     log_repairs(path, sum(changed.values()),
                 f"values in column{'s' * (len(changed) > 1)} {fields} stripped of whitespace or a final .0")
-
-
-def _session_order(table: pd.DataFrame) -> Ids:
-    """Sessions by their first row's time, rows of a session by time; ties in the order of the file."""
-    time = table["timestamp"].to_numpy()
-    sessions, session_index = np.unique(table["sessionid"].to_numpy(), return_inverse=True)
-    session_start = np.full(len(sessions), np.iinfo(np.int64).max)
-    np.minimum.at(session_start, session_index, time)
-    return np.lexsort((np.arange(len(table)), time, session_index, session_start[session_index]))
 
 
 def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],

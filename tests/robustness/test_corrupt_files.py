@@ -168,7 +168,7 @@ def read_retailrocket(case: Case) -> None:
     if unknown:
         others = r"events\.csv(\.gz)?, line \d+, column 'event': unknown event"
     elif not events.problems and expected is None:
-        others = "no session has|cannot be cut 6:2:2"
+        others = "no session has|cannot be cut into"
     with assert_blamed(case, damaged, others):
         out = prepared(case)
     assert expected is not None
@@ -249,7 +249,7 @@ def read_kuairand(case: Case) -> None:
     cuts = [sum(time < times[min(int(share * len(times)), len(times) - 1)] for time in times) for share in (0.6, 0.8)]
     parts = [rows[:cuts[0]], rows[cuts[0]:cuts[1]], rows[cuts[1]:]]
     late = max((row["time_ms"] + max(row["play_time_ms"], 0) for row in rows), default=0)
-    with assert_blamed(case, damaged, "" if all(parts) and late < 2**53 else "cannot be cut 6:2:2|too large for an id"):
+    with assert_blamed(case, damaged, "" if all(parts) and late < 2**53 else "cannot be cut into|too large for an id"):
         out = prepared(case, "kuairand")
     assert_repair_logged(printed(), case.path, damaged.blank_lines, "blank lines skipped")
 
