@@ -19,21 +19,18 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 NumericalMode = Literal["rates", "session", "none"]
 RATE_STRENGTH = 20.0  # rows that the rate of all rows counts for in that of a value
-NUMERICAL_FEATURES = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap", "recent_clicks",
-                      "recent_pays", "recent_gap")
-DECAY = 0.8  # of what earlier rows add to the last three, per row
+NUMERICAL_FEATURES = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
 
 
 def session_features(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")) -> Floats:
-    """The features that are known when a row is shown, from earlier rows of its session; (n, 9) float32, see
+    """The features that are known when a row is shown, from earlier rows of its session; (n, 6) float32, see
     `NUMERICAL_FEATURES`.
 
-    With t the row's position in its session, from 0, and c, p the known clicks and purchases of its earlier rows: log(1
-    + t), c / (t + 1), p / (t + 1), whether the previous row was clicked, was paid, and log(1 + seconds since the
-    previous row) / 10; then what is recent: sums over the known clicks, the known purchases and these gaps, each
-    weighted by DECAY for every row since. If the table has click_time and pay_time, an outcome counts from that time
-    on: a purchase at the end of the session does not count in the rows before it. Otherwise (the published tables) it
-    counts from the next row on. `table` is in session order; `labels` are the columns of the two tasks.
+    With t the row's position in its session, from 0, and c, p the known clicks and purchases of its earlier rows:
+    log(1 + t), c / (t + 1), p / (t + 1), whether the previous row was clicked, was paid, and log(1 + seconds since the
+    previous row) / 10. If the table has click_time and pay_time, an outcome counts from that time on: a purchase at the
+    end of the session does not count in the rows before it. Otherwise (the published tables) it counts from the next
+    row on. `table` is in session order; `labels` are the columns of the two tasks.
     """
     time, rows = table["timestamp"].to_numpy(), np.arange(len(table))
     start = SessionIndex(table["sessionid"].to_numpy()).row_start
@@ -41,17 +38,14 @@ def session_features(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay
     gap = np.where(position == 0, 0.0, np.diff(time, prepend=time[:1]) / 1000.0)
     counts, last = zip(*(_observed_outcomes(table, label, start) for label in labels), strict=True)
     rates = [count / (position + 1.0) for count in counts]
-    log_gap = np.log1p(gap) / 10.0
-    recent = [_decayed_sum(added, start) for added in (*(_newly_known(table, label, start) for label in labels),
-                                                        log_gap)]
-    return np.column_stack([np.log1p(position), *rates, *last, log_gap, *recent]).astype(np.float32)
+    return np.column_stack([np.log1p(position), *rates, *last, np.log1p(gap) / 10.0]).astype(np.float32)
 
 
 def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: Sequence[str]) -> dict[str, Floats]:
     """`session_features` over all rows with the same `key`, such as a user, across sessions and splits.
 
     The splits are consecutive in time, so a test row may use what the user did in training: it was known when the row
-    was shown. Takes the tables by split, in order; returns the features (n, 9) of each.
+    was shown. Takes the tables by split, in order; returns the features (n, 6) of each.
     """
     rows = pd.concat(tables.values(), ignore_index=True).assign(sessionid=lambda table: table[key])
     order = np.lexsort((np.arange(len(rows)), rows["timestamp"], rows["sessionid"]))
@@ -125,31 +119,6 @@ def _observed_outcomes(table: pd.DataFrame, label: str, start: Ids) -> tuple[NDA
     count = _count_earlier(start, time, start[happened], outcome_time[happened])
     last = np.append(False, happened[:-1] & (outcome_time[:-1] < time[1:])) & has_previous
     return count, last
-
-
-def _newly_known(table: pd.DataFrame, label: str, start: Ids) -> NDArray[np.float64]:
-    """What the outcomes add to `_decayed_sum` at each row (n,): an outcome of row s that is first known at row t of its
-    session adds DECAY^(t - s)."""
-    happened = np.flatnonzero(table[label].to_numpy() > 0)
-    known_at = happened + 1
-    if f"{label}_time" in table:
-        moments, moment = np.unique(table["timestamp"].to_numpy(), return_inverse=True)
-        first = np.searchsorted(moments, _outcome_time(table, label)[happened], side="right")
-        width = len(moments) + 1
-        known_at = np.searchsorted(start * width + moment, start[happened] * width + first)
-    in_session = (known_at < len(table)) & (start[np.minimum(known_at, len(table) - 1)] == start[happened])
-    rows, known_at = happened[in_session], known_at[in_session]
-    return np.bincount(known_at, DECAY ** (known_at - rows), len(table)).astype(np.float64)
-
-
-def _decayed_sum(added: NDArray[np.float64], start: Ids) -> NDArray[np.float64]:
-    """d_t = DECAY d_{t-1} + added_t within each session, d = added in its first row; (n,)."""
-    total = added.copy()
-    position = np.arange(len(added)) - start
-    order = np.argsort(position, kind="stable")
-    for rows in np.split(order, np.cumsum(np.bincount(position))[:-1])[1:]:  # all second rows, all third rows ...
-        total[rows] += DECAY * total[rows - 1]
-    return total
 
 
 def _outcome_time(table: pd.DataFrame, label: str) -> Ids:

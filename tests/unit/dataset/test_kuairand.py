@@ -116,7 +116,7 @@ def test_features_cover_the_user_s_known_history(kr: tuple[pd.DataFrame, Path]) 
         expected = [np.log1p(len(past)), *(outcomes.sum() / (len(past) + 1) for outcomes in known),
                     *(float(outcomes[-1]) if len(outcomes) else 0.0 for outcomes in known),
                     np.log1p((row["timestamp"] - last) / 1000) / 10]
-        assert row[list(NUMERICAL_FEATURES[:6])].tolist() == pytest.approx(expected, abs=1e-5)
+        assert row[list(NUMERICAL_FEATURES)].tolist() == pytest.approx(expected, abs=1e-5)
     assert num_crossing > 100
 
 
@@ -257,7 +257,7 @@ def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
 def test_all_programs_run_on_kuairand(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "kr").symlink_to(kr[1])
-    small = ("--dataset_name=kr", "--embed_dim=4", "--epoch=1", "--bottom_mlp_dims=16", "--tower_mlp_dims=8")
+    small = ("--dataset_name=kr", "--embed_dim=4", "--epoch=1", "--bottom_mlp_dims=8", "--tower_mlp_dims=4")
     for program, *flags in (("SLmain.py", "--model_name=esmm"),
                             ("RLmain.py", "--epoch_updates=5", "--init_episode=5", "--memory_path=pretrain/kr.npz"),
                             ("SLmain.py", "--model_name=esmm", "--polish=1")):
