@@ -127,8 +127,9 @@ def conditions(settings: ExperimentArguments) -> list[Condition]:
     every += [_polish("ablation", main_model, method, polish_method=method) for method in ("label", "critic")]
     every += [Condition("session", main_model, ", ".join(f"{key} {value}" for key, value in inputs.items()), inputs,
                         "baseline")
-              for inputs in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
-                             {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
+              for inputs in ({"numerical": "session"}, {"numerical": "none"}, {"encoder": "gru"},
+                             {"encoder": "attention"}, {"numerical": "none", "encoder": "gru"},
+                             {"numerical": "none", "encoder": "attention"})]
     every += exploratory_conditions(main_model, settings)
     every += [Condition("weighting", main_model, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
     every += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
