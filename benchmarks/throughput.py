@@ -80,6 +80,7 @@ def subset(split: RetailRocketRLDataset, rows: np.ndarray[Any, Any]) -> RetailRo
     """The given rows of a mapped split."""
     chosen = object.__new__(RetailRocketRLDataset)
     chosen.session, chosen.labels, chosen.numerical = split.session[rows], split.labels[rows], split.numerical[rows]
+    chosen.keys, chosen.history_key = {}, ""
     chosen.set_ids(split.categorical[rows], split.field_dims)
     return chosen
 

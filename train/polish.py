@@ -215,7 +215,7 @@ def _has_other_baseline(directory: Path, baseline: Path) -> bool:
 def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metrics], polished: Sequence[Metrics],
                      last: Sequence[Metrics], task_names: Sequence[str]) -> str:
     """A table of test metrics: the baseline, the finished controls of these settings and initial weights `start`, this
-    run (the best epoch on validation) and its last epoch. GAUC is that of users."""
+    run (the best epoch on validation) and its last epoch."""
     rows, problems = {"baseline": baseline}, []
     for method in CONTROLS:
         if method != settings.polish_method:
@@ -227,10 +227,10 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
             if control:
                 rows[f"control: {method}"] = control
     rows |= {f"this run: {settings.polish_method}": polished, "  its last epoch": last}
-    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}{'GAUC':>8}"
-                                             for name in task_names)]
+    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}"
+                                             f"{'u-GAUC':>8}" for name in task_names)]
     lines += [f"{title:<22}" + "".join(f"{task.auc:>12.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}"
-                                       f"{task.user_gauc:>8.4f}" for task in metrics)
+                                       f"{task.session_gauc:>8.4f}{task.user_gauc:>8.4f}" for task in metrics)
               for title, metrics in rows.items()]
     if "control: constant" not in rows and settings.polish_method != "constant":
         lines.append("no control run found: a gain over the baseline may be due to the additional training; run the "

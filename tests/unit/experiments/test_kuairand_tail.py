@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 from conftest import run_in_process
 
-from dataset.features import NUMERICAL_FEATURES
 from dataset.kuairand import USER_FIELDS, VIDEO_FIELDS
 from dataset.rtrl import load_splits
 
@@ -81,7 +80,7 @@ def test_outcomes_count_from_the_next_row(krtail: Path) -> None:
     """Of user 1, over the splits: two long views, of which the first was liked."""
     splits = load_splits(krtail)
     parts = [split.numerical[split.keys["userid"] == 1] for split in (splits.train, splits.val, splits.test)]
-    features = dict(zip(NUMERICAL_FEATURES, np.concatenate(parts).T, strict=True))
+    features = dict(zip(splits.train.numerical_names, np.concatenate(parts).T, strict=True))
     position = np.arange(5)
     np.testing.assert_allclose(features["position"], np.log1p(position), rtol=1e-6)
     np.testing.assert_allclose(features["click_rate"], np.array([0, 1, 1, 2, 2]) / (position + 1), rtol=1e-6)
