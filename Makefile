@@ -1,5 +1,5 @@
 # make demo         set up the environment, then run the documented commands
-# make test         set up the environment, then lint, check types and test, a process a core (4 minutes on 2 cores)
+# make test         set up the environment, then lint, check types and test, a process a core (3 minutes on 2 cores)
 # make stress       the long tests: faults and corrupt files by the thousand, runs of full length (an hour)
 # make experiments  reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help lists the options
 # make bench        measure everything, beside torch-rechub (20 minutes on 2 cores; close other programs)

@@ -34,7 +34,8 @@ def test_benchmark_prints_positive_metrics(cache_folder: Path, benchmark: str, m
                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("RMTL_BENCH", str(cache_folder))
     monkeypatch.setattr(throughput, "throughput", lambda action, amount, *_: amount / throughput.time_call(action))
-    throughput.main(*benchmark.split())
+    monkeypatch.setattr("sys.argv", ["throughput", *benchmark.split()])
+    throughput.main()
     metrics = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert metrics
     assert all(value > 0 for value in metrics.values())

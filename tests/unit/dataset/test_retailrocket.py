@@ -315,7 +315,8 @@ def test_duplicate_ground_truth_is_refused(raw_log: Path, tmp_path: Path) -> Non
     path = tmp_path / "raw" / "truth.csv"
     rows = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*rows, rows[1]]))
-    assert f"{path}, row {len(rows)} " in user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    message = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
+    assert f"{path}, line {len(rows) + 1}, column" in message
 
 
 @pytest.mark.parametrize("changed", [{"items": "600"}, {"items": None}, {"events": 1.5}, {"seed": -1}, {"seed": True},
