@@ -200,8 +200,9 @@ def run_case(case: str, seed: int, settings: WeightingArguments, folder: Path) -
 
 
 def measure(case: str, model: nn.Module, splits: Splits, weights: NDArray[np.float32]) -> dict[str, float]:
-    """Test metrics of a model's CTR; and of its weights on the training rows (n,): the weighted click rate, which is
-    the mean prediction that theory expects of a blind model, effective sample size, and the fraction on bots' rows."""
+    """Test metrics of a model's CTR and its mean prediction; and of its weights (n,) of the training rows: the weighted
+    click rate, towards which the mean prediction of a blind model moves, effective sample size, fraction on bots' rows.
+    """
     train, test, w = splits.train, splits.test, weights.astype(np.float64)
     labels, counted = test.labels[:, 0], metric_weights(case, test)
     p = slpred(model, evaluation_loader(model, test, torch.device("cpu")), 1, "cpu")[0]
@@ -239,7 +240,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """A panel a metric: differences from constant weights with their intervals, of the blind and the seeing model."""
     panels = [(case, metric) for case, metrics in CASES.items() for metric in metrics]
-    figure = Figure(figsize=(5 * len(panels), 4.2), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels), 4.4), layout="constrained")
     for axis, (case, metric) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         names = list(dict.fromkeys(row["weights"] for row in rows if row["case"] == case))[1:]
         for shift, (model, color) in enumerate(zip(MODELS, ("tab:blue", "tab:orange"), strict=True)):
@@ -252,9 +253,9 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_title(f"{case}: {metric}", fontsize=10)
-        axis.set_xlabel("difference from constant weights (×10⁻³; left: better)")
+        axis.set_xlabel("difference from constant weights (×10⁻³)")
         axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8, frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save_figure(figure, path)
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from factories import handmade
 from torch import Tensor, nn
 
@@ -176,3 +177,15 @@ def test_program_writes_table_and_plot(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(read_csv_rows(tmp_path / "when_weighting_helps.csv")) == 3 * len(CASES) * 4
     rows = [row for seed in (1, 2, 3) for row in fake_case("bots", seed)]
     assert paired(rows, "bots", "blind", "full", "logloss").mean == pytest.approx(2.2)
+
+
+def test_page_has_the_published_differences() -> None:
+    page = (REPOSITORY / "docs" / "when-weighting-helps.md").read_text(encoding="utf-8")
+    rows = pd.read_csv(REPOSITORY / "docs" / "results" / "when_weighting_helps.csv").to_dict("records")
+    tables = [line for line in page.splitlines() if line.startswith("| ")]
+    compared = [(case, model, metric) for case, metrics in CASES.items() for model in MODELS for metric in metrics]
+    for case, model, metric in compared:
+        for weights in {row["weights"] for row in rows if row["case"] == case} - {"constant"}:
+            test = paired(rows, case, model, weights, metric)
+            cell = f"| {test.mean:+.2f} ({test.low:+.2f} to {test.high:+.2f}) |"
+            assert sum(cell in line for line in tables) == 1, (case, model, metric, weights)
