@@ -103,15 +103,13 @@ def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]
 
 def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
-    run_dir, name = settings.run_dir, settings.model_name
+    run_dir = settings.run_dir
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run_dir.path, files=run_dir.files)
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)
     initial_state = copy.deepcopy(model.state_dict())  # the baseline's own: constant weights reproduce the baseline
-    load_weights(settings.baseline(name), model, settings.metadata(name, splits.train.metadata),
-                 "give the same settings as then, or train the baseline again: "
-                 + settings.suggest_command("SLmain.py", "model_name", name))
+    load_baseline(settings, splits, model)
     baseline_metrics = evaluate(model, evaluation_loader(model, splits.test, device), settings.task_num, device)
     polisher = make_polisher(settings, splits.train.metadata, model, device)
     if settings.polish_init == "scratch":
@@ -151,6 +149,14 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     return model.to(device)
 
 
+def load_baseline(settings: SLArguments, splits: Splits, model: nn.Module) -> None:
+    """Give the model the weights of its baseline. Raises UserError where there is none that fits."""
+    name = settings.model_name
+    load_weights(settings.baseline(name), model, settings.metadata(name, splits.train.metadata),
+                 "give the same settings as then, or train the baseline again: "
+                 + settings.suggest_command("SLmain.py", "model_name", name))
+
+
 def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper, model: nn.Module,
                   device: torch.device, polisher: RlLossPolisher | None = None) -> Training:
     """A run of the settings."""
@@ -168,12 +174,14 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
         weighting=make_task_weighting(settings.weighting, settings.task_num, settings.learning_rate, device))
 
 
-def fit(training: Training, epochs: int) -> None:
-    """Train until validation no longer improves."""
+def fit(training: Training, epochs: int, after_epoch: Callable[[], None] | None = None) -> None:
+    """Train until validation no longer improves; `after_epoch` is called before an epoch's validation."""
     model, device, val = training.model, training.device, training.splits.val
     while training.next_epoch(epochs):
         loss = sltrain(model, training.optimizer, training.train_loader, bce_loss, device, training.polisher,
                        weighting=training.weighting)
+        if after_epoch is not None:
+            after_epoch()
         predictions = slpred(model, training.val_loader, len(training.task_names), device)
         training.end_epoch(loss, compute_metrics(predictions, val.labels, val.session, val.user))
 

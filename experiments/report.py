@@ -12,8 +12,9 @@ from experiments.plots import plot_differences, plot_learning, plot_sensitivity,
 from experiments.statistics import ALPHA, CONTROLS, REFERENCE, Pair, PairedTest, Results
 
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
-          "transfer": "Critics of another model", "lambda": "Lambda", "gamma": "Gamma (discount)",
-          "tau": "Tau (target averaging)", "weighting": "Task weighting", "session": "Session features and encoders"}
+          "controls": "Controls without critics", "transfer": "Critics of another model", "lambda": "Lambda",
+          "gamma": "Gamma (discount)", "tau": "Tau (target averaging)", "weighting": "Task weighting",
+          "session": "Session features and encoders"}
 METRICS = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss", "session_gauc": "s-GAUC",
            "user_gauc": "u-GAUC"}
 

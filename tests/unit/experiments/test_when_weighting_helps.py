@@ -110,7 +110,7 @@ def test_session_metrics_count_rows_as_documented() -> None:
     weights = metric_weights("sessions", split)
     p = np.linspace(0.1, 0.9, 6)
     losses = -np.where(split.labels[:, 0] > 0, np.log(p), np.log1p(-p))
-    expected = task_metrics(p, split.labels[:, 0], split.session).session_logloss
+    expected = task_metrics(p, split.labels[:, 0], split.session, split.user).session_logloss
     assert np.average(losses, weights=weights["s-Logloss"]) == pytest.approx(expected)
     left = np.array([2, 1, 4, 3, 2, 1])
     np.testing.assert_allclose(weights["to-come logloss"], (1 - 0.9**left) / 0.1)
