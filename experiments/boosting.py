@@ -45,7 +45,7 @@ class BoostingArguments(Settings):
     dataset_path: str = option("dataset", "the folder of data sets")
     feature_map_rate: float = option(1.0, "as in SLmain.py; 1: every id, there is no embedding that it makes larger",
                                      low=0, high=1)
-    numerical: str = option("session", "as in SLmain.py", choices=["session", "none"])
+    numerical: str = option("rates", "as in SLmain.py", choices=["rates", "session", "none"])
     folds: int = option(5, "parts of the training sessions: a row's target means are those of the other parts", low=2)
     smoothing: float = option(20.0, "rows of the mean of all that a target mean is pulled towards", low=0)
     seed: int = option(2022, "of the folds", low=0, high=2**31 - 1)
