@@ -32,6 +32,7 @@ from common.errors import cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
+from layers import standardize
 from slmodels.model_file import keep_previous, save_model
 from train.Arguments import SLArguments, parse
 from train.memory_estimate import check_training, network_size
@@ -102,15 +103,13 @@ def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]
 
 def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
-    run_dir, name = settings.run_dir, settings.model_name
+    run_dir = settings.run_dir
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
     check_writable(run_dir.path, files=run_dir.files)
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)
     initial_state = copy.deepcopy(model.state_dict())  # the baseline's own: constant weights reproduce the baseline
-    load_weights(settings.baseline(name), model, settings.metadata(name, splits.train.metadata),
-                 "give the same settings as then, or train the baseline again: "
-                 + settings.suggest_command("SLmain.py", "model_name", name))
+    load_baseline(settings, splits, model)
     baseline_metrics = evaluate(model, evaluation_loader(model, splits.test, device), settings.task_num, device)
     polisher = make_polisher(settings, splits.train.metadata, model, device)
     if settings.polish_init == "scratch":
@@ -145,7 +144,17 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     check_training(network_size(build, field_dims, settings.embed_dim), settings.model_name,
                    min(settings.batch_size, len(splits.train)), device)
     set_seed(settings.seed)
-    return build().to(device)
+    model = build()
+    standardize(model, torch.from_numpy(splits.train.numerical))
+    return model.to(device)
+
+
+def load_baseline(settings: SLArguments, splits: Splits, model: nn.Module) -> None:
+    """Give the model the weights of its baseline. Raises UserError where there is none that fits."""
+    name = settings.model_name
+    load_weights(settings.baseline(name), model, settings.metadata(name, splits.train.metadata),
+                 "give the same settings as then, or train the baseline again: "
+                 + settings.suggest_command("SLmain.py", "model_name", name))
 
 
 def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper, model: nn.Module,
@@ -165,14 +174,16 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
         weighting=make_task_weighting(settings.weighting, settings.task_num, settings.learning_rate, device))
 
 
-def fit(training: Training, epochs: int) -> None:
-    """Train until validation no longer improves."""
+def fit(training: Training, epochs: int, after_epoch: Callable[[], None] | None = None) -> None:
+    """Train until validation no longer improves; `after_epoch` is called before an epoch's validation."""
     model, device, val = training.model, training.device, training.splits.val
     while training.next_epoch(epochs):
         loss = sltrain(model, training.optimizer, training.train_loader, bce_loss, device, training.polisher,
                        weighting=training.weighting)
+        if after_epoch is not None:
+            after_epoch()
         predictions = slpred(model, training.val_loader, len(training.task_names), device)
-        training.end_epoch(loss, compute_metrics(predictions, val.labels, val.session))
+        training.end_epoch(loss, compute_metrics(predictions, val.labels, val.session, val.user))
 
 
 def test(training: Training) -> list[Metrics]:
@@ -185,9 +196,12 @@ def test(training: Training) -> list[Metrics]:
     for task, (auc, logloss) in enumerate(zip(aucs, loglosses, strict=True)):
         print(f"task {task}, AUC {auc}, Log-loss {logloss}")
     predictions = slpred(training.model, training.test_loader, len(names), training.device)
-    metrics = compute_metrics(predictions, split.labels, split.session)
-    print("s-Logloss, the mean over sessions: " + ", ".join(f"task {task} {of_task.session_logloss:.4f}"
-                                                            for task, of_task in enumerate(metrics)))
+    metrics = compute_metrics(predictions, split.labels, split.session, split.user)
+    for title, metric in (("s-Logloss, the mean over sessions", "session_logloss"),
+                          ("s-GAUC, the AUC inside a session, weighted by impressions", "session_gauc"),
+                          ("u-GAUC, the same of users", "user_gauc")):
+        print(f"{title}: " + ", ".join(f"task {task} {getattr(of_task, metric):.4f}"
+                                       for task, of_task in enumerate(metrics)))
     for task, of_task in enumerate(metrics):
         print_oracle_auc(split, task, of_task)
     return metrics
@@ -198,7 +212,7 @@ def print_oracle_auc(test: RetailRocketRLDataset, task: int, metrics: Metrics) -
     if np.isnan(metrics.auc):
         print(f"task {task}: AUC is nan, because every label of the test split is {test.labels[0, task]:.0f}")
     elif test.oracle_probabilities is not None:
-        best = task_metrics(test.oracle_probabilities[:, task], test.labels[:, task], test.session).auc
+        best = task_metrics(test.oracle_probabilities[:, task], test.labels[:, task], test.session, test.user).auc
         print(f"task {task}, best possible AUC {best:.4f} (simulated data: the true probabilities); the model is "
               f"{(metrics.auc - 0.5) / (best - 0.5):.0%} of the way from 0.5")
 

@@ -61,7 +61,8 @@ class SessionTable:
             raise UserError(f"a field has {max(self.field_dims):,} ids: states hold them as float32, which is exact up "
                             f"to {MAX_IDS:,}: name it in the manifest's 'long_tailed', or lower --feature_map_rate")
         self.states: Floats = np.hstack([dataset.categorical, dataset.numerical]).astype(np.float32)  # (n, F + N)
-        self.labels, self.session, self.index = dataset.labels, dataset.session, dataset.sessions
+        self.labels, self.session, self.user = dataset.labels, dataset.session, dataset.user
+        self.index = dataset.sessions
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
 
         ids = np.array(self.field_dims, np.float32) - 1

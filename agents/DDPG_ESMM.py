@@ -354,6 +354,8 @@ def init_critic_from_actor(critic: Critic, actor: nn.Module, task: int) -> None:
     shared_dim = min(dst.in_features, src.in_features)  # without the context where only one of them has an encoder
     dst.weight[:, :shared_dim] = src.weight[:, :shared_dim]
     dst.bias.copy_(src.bias)
+    for name, values in critic.input.standardizer.named_buffers():
+        values[:shared_dim] = getattr(source.standardizer, name)[:shared_dim]
     if (isinstance(critic, SequenceCritic) and isinstance(actor, SequenceModel)
             and type(critic.encoder) is type(actor.encoder)):
         critic.encoder.load_state_dict(actor.encoder.state_dict())

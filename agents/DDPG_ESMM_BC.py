@@ -12,7 +12,7 @@ from agents.DDPG_ESMM import Tensors
 from agents.DDPG_ESMM_multiweight import DDPG_ESMM_multiweight
 from agents.ReplayBuffer import Transition
 from common import distributed
-from layers import Critic
+from layers import Critic, standardize
 
 LOG_INTERVAL = 50  # updates between two evaluations of the actor's losses, which are not trained on
 INFERENCE_BATCH = 4096  # next states in one forward pass
@@ -42,12 +42,11 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
             self.next_predictions = torch.cat([
                 self.actor_target(*self.split_state(torch.from_numpy(chunk).to(self.device))) for chunk in chunks])
         self.cached_version = self.memory.total_added
-        numerical_num = self.states.numerical_num  # of the present impression: a state's last columns
-        numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -numerical_num:])
+        # The numbers of the present impression are a state's last columns.
+        numbers = torch.from_numpy(self.memory.data["state"][: self.memory.size, -self.states.numerical_num:])
         for critic, target, _ in self.critics():
             for network in (critic, target):
-                network.mean[:numerical_num] = numbers.mean(dim=0)
-                network.std[:numerical_num] = numbers.std(dim=0, correction=min(1, len(numbers) - 1)) + 1e-3
+                standardize(network, numbers)
 
     def process_batch(self, transition: Transition) -> Tensors:
         """As the parent, for critics that normalize: their mean and deviation are taken from the memory at the first

@@ -69,7 +69,7 @@ def throughput(action: Callable[[], Any], amount: float, repeats: int = 1) -> fl
     return amount * repeats / sum(time_call(action) for _ in range(repeats))
 
 
-def load_data(folder: Path, numerical: str = "session") -> Splits:
+def load_data(folder: Path, numerical: str = "rates") -> Splits:
     """The default simulated data with mapped ids, created in `folder` on first use."""
     splits = get_dataset("rt", str(folder), numerical)
     encode_splits(splits, 0.2)
@@ -80,6 +80,7 @@ def subset(split: RetailRocketRLDataset, rows: np.ndarray[Any, Any]) -> RetailRo
     """The given rows of a mapped split."""
     chosen = object.__new__(RetailRocketRLDataset)
     chosen.session, chosen.labels, chosen.numerical = split.session[rows], split.labels[rows], split.numerical[rows]
+    chosen.keys, chosen.history_key = {}, ""
     chosen.set_ids(split.categorical[rows], split.field_dims)
     return chosen
 

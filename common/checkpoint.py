@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from common.errors import UserError, truncate
 from common.fileio import append_checksum, atomic_file, open_verified
 
-FORMAT = 2  # of model files; 1 was without ids, features and widths
+FORMAT = 3  # of model files; 1 was without ids, features and widths, 2 without the means of the numbers
 
 
 def save_tensors(path: Path, value: Mapping[str, Any]) -> None:

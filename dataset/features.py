@@ -17,7 +17,8 @@ from dataset.sessions import SessionIndex
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
-NumericalMode = Literal["session", "none"]
+NumericalMode = Literal["rates", "session", "none"]
+RATE_STRENGTH = 20.0  # rows that the rate of all rows counts for in that of a value
 NUMERICAL_FEATURES = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
 
 
@@ -54,6 +55,40 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))
 
 
+def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> pd.DataFrame:
+    """How often the values of a row's fields were shown so far, and with which outcomes: G (1 + T) columns, float32.
+
+    For each field, with m the earlier rows of the same value and c_k their outcomes of task k that are known when the
+    row is shown: log(1 + m), and the log-odds of the smoothed rate (c_k + A r_k) / (m + A), A = RATE_STRENGTH, where
+    r_k is the rate of all rows so far. These are the ordered target statistics of Prokhorenkova et al. (NeurIPS 2018),
+    in order of time: a row's own outcome is never in them.
+
+    Args:
+        rows: of all splits; columns timestamp, the labels and, where known, `<label>_time`.
+        groups: field to the number of each row's value (n,), -1 for a missing one.
+    """
+    time = rows["timestamp"].to_numpy()
+    everything = np.zeros(len(rows), np.int64)
+    happened = {label: rows[label].to_numpy() > 0 for label in labels}
+    outcome_time = {label: _outcome_time(rows, label) for label in labels}
+
+    def counts(group: Ids) -> tuple[Ids, list[Ids]]:
+        return _count_earlier(group, time, group, time), [
+            _count_earlier(group, time, group[happened[label]], outcome_time[label][happened[label]])
+            for label in labels]
+
+    shown, known = counts(everything)
+    priors = [(count + 0.5) / (shown + 1.0) for count in known]
+    columns = {}
+    for field, codes in groups.items():
+        shown, known = counts(codes + 1)
+        columns[f"{field} count"] = np.log1p(shown)
+        for label, count, prior in zip(labels, known, priors, strict=True):
+            rate = (count + RATE_STRENGTH * prior) / (shown + RATE_STRENGTH)
+            columns[f"{field} {label} rate"] = np.log(rate / (1.0 - rate))
+    return pd.DataFrame(columns, index=rows.index, dtype=np.float32)
+
+
 def features_version() -> str:
     """A digest of the features of a small log: it changes if their definition changes.
 
@@ -66,8 +101,9 @@ def features_version() -> str:
     timed_log = log.assign(**{f"{label}_time": (log["timestamp"] + delay).where(log[label] > 0)
                               for label, delay in (("click", 9_000.0), ("pay", 60_000.0))})
     features = (session_features(log), session_features(timed_log),
-                user_history_features({"train": timed_log}, "user", ("click", "pay"))["train"])
-    return hashlib.sha256(np.round(np.stack(features).astype(np.float64), 5).tobytes()).hexdigest()[:16]
+                user_history_features({"train": timed_log}, "user", ("click", "pay"))["train"],
+                running_rates(timed_log, {"item": rows % 4 - 1}, ("click", "pay")).to_numpy())
+    return hashlib.sha256(np.round(np.hstack(features).astype(np.float64), 5).tobytes()).hexdigest()[:16]
 
 
 def _observed_outcomes(table: pd.DataFrame, label: str, start: Ids) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -78,21 +114,26 @@ def _observed_outcomes(table: pd.DataFrame, label: str, start: Ids) -> tuple[NDA
         count = np.concatenate([[0], np.cumsum(happened)])[:-1]
         return count - count[start], np.append(False, happened[:-1]) & has_previous
     time = table["timestamp"].to_numpy()
-    # Outcomes by (session, time). An outcome is never earlier than its own row, so "earlier than row t" implies "of a
-    # row before t" (or a tie).
-    outcome_time = np.maximum(table[f"{label}_time"].fillna(0).to_numpy(np.int64), time)
-    order = np.lexsort((outcome_time[happened], start[happened]))
-    keys = start[happened][order], outcome_time[happened][order]
-    count = _count_smaller_keys(keys, start, time) - _count_smaller_keys(keys, start, np.zeros_like(time))
+    # An outcome is never earlier than its own row, so "earlier than row t" implies "of a row before t" (or a tie).
+    outcome_time = _outcome_time(table, label)
+    count = _count_earlier(start, time, start[happened], outcome_time[happened])
     last = np.append(False, happened[:-1] & (outcome_time[:-1] < time[1:])) & has_previous
     return count, last
 
 
-def _count_smaller_keys(keys: tuple[Ids, Ids], session: Ids, time: Ids) -> Ids:
-    """For each (session, time) the number of smaller `keys`, which are sorted pairs."""
-    sessions, times = np.concatenate([session, keys[0]]), np.concatenate([time, keys[1]])
-    is_key = np.append(np.zeros(len(session), bool), np.ones(len(keys[0]), bool))
-    order = np.lexsort((is_key, times, sessions))  # the row is first at a tie: the outcome is not known yet
-    counts = np.empty(len(order), np.int64)
-    counts[order] = np.cumsum(is_key[order])
-    return counts[: len(session)]
+def _outcome_time(table: pd.DataFrame, label: str) -> Ids:
+    """When the outcome of each row is known, (n,) ms: at the row's own time where the table does not say."""
+    time = table["timestamp"].to_numpy()
+    if f"{label}_time" not in table:
+        return time
+    return np.maximum(table[f"{label}_time"].fillna(0).to_numpy(np.int64), time)
+
+
+def _count_earlier(group: Ids, time: Ids, event_group: Ids, event_time: Ids) -> Ids:
+    """For each row (n,) the number of events of its group before its time; groups are numbered from 0."""
+    moments, moment = np.unique(time, return_inverse=True)
+    first = np.searchsorted(moments, event_time, side="right")  # the first moment after an event
+    width = len(moments) + 1
+    events = np.sort(event_group * width + first)
+    return (np.searchsorted(events, group * width + moment, side="right")
+            - np.searchsorted(events, group * width, side="left"))

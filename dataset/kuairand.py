@@ -23,18 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from common.csv_reader import ColumnType, concat_rows, normalize_category, read_table
 from dataset.tables import (
-    NO_EVENT_MS,
     CountRow,
     FeatureTable,
     PreparedDataset,
     find_csv,
+    number_sessions,
+    order_rows,
     read_with_progress,
     require_memory_for,
-    require_three_splits,
 )
 
 LOG_SCHEMA: dict[str, ColumnType] = {"user_id": "id", "video_id": "id", "time_ms": "id", "is_click": "label",
@@ -45,6 +44,7 @@ USER_FIELDS = ("user_active_degree", "is_lowactive_period", "is_live_streamer", 
 VIDEO_FIELDS = ("author_id", "video_type", "upload_type", "music_id", "music_type", "tag")
 DURATION = "video_duration"  # ms; read into buckets, powers of two
 LONG_TAILED = ("video_id", "author_id", "music_id")
+RATES = (*LONG_TAILED, "tag", "tab")  # fields whose counts and rates so far are features, chosen on validation
 TASKS = ({"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "long_view"})
 MIN_SESSION_ROWS = 1
 LOG_MEMORY_FACTOR = 8.0  # bytes of memory per byte of CSV: 7.3 and 7.7 were measured, for 600,000 and 200,000 rows
@@ -59,26 +59,22 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
                            for pattern in ("log_standard_*", "user_features_*", "video_features_basic_*"))
     require_memory_for(dict.fromkeys([*logs, *users, *videos], LOG_MEMORY_FACTOR))
     log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, LOG_SCHEMA)))
-    rows, split_offsets, row_counts = _build_rows(log, session_gap, min_session)
-    user_table, user_counts = _read_feature_table(users, "user_id", "userid", USER_FIELDS, np.unique(rows["userid"]),
-                                                  "users")
-    video_table, video_counts = _read_feature_table(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION),
-                                                    np.unique(rows["itemid"]), "videos")
+    rows, row_counts = _build_rows(log, session_gap, min_session)
+    user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
+    video_table, video_counts = read_features(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION), rows, "videos")
     video_table[DURATION], num_invalid = _log2_bucket(video_table[DURATION])
     video_counts.append(CountRow(f"invalid {DURATION} (not a number, negative or over a year): empty", num_invalid))
     video_table.insert(1, "video_id", video_table["itemid"].astype(str))  # the video itself is a field as well
     return PreparedDataset(
-        source="KuaiRand", rows=rows, split_offsets=split_offsets,
-        train_end_ms=int(rows["timestamp"].iloc[split_offsets[1]:split_offsets[2]].min()),
-        row_counts=[*row_counts, *user_counts, *video_counts], inputs=[*logs, *users, *videos],
+        source="KuaiRand", rows=rows, row_counts=[*row_counts, *user_counts, *video_counts],
+        inputs=[*logs, *users, *videos],
         feature_tables={"user_feadf.csv": FeatureTable("userid", user_table),
                         "item_feadf.csv": FeatureTable("itemid", video_table)},
-        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), tasks=list(TASKS))
+        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=list(TASKS))
 
 
-def _build_rows(log: pd.DataFrame, session_gap: float,
-                min_session: int) -> tuple[pd.DataFrame, list[int], list[CountRow]]:
-    """Steps 2 to 5: the MDP rows by split, session start, session, time; the split offsets; and the row counts."""
+def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[CountRow]]:
+    """Steps 2 to 5: the MDP rows, and the row counts."""
     order = np.lexsort((log["tab"], -log["is_click"], -log["long_view"], -log["play_time_ms"], log["video_id"],
                         log["user_id"], log["time_ms"]))
     log = log.iloc[order].reset_index(drop=True)
@@ -89,30 +85,16 @@ def _build_rows(log: pd.DataFrame, session_gap: float,
     ends = [int(np.searchsorted(time, time[min(int(fraction * len(unique)), len(unique) - 1)]))
             for fraction in (0.6, 0.8)]
     split = np.searchsorted(np.array(ends), np.arange(len(unique)), side="right")
-    by_user = np.lexsort((np.arange(len(unique)), user, split))
-    is_session_start = np.ones(len(unique), bool)
-    is_session_start[1:] = (split[by_user][1:] != split[by_user][:-1]) | (user[by_user][1:] != user[by_user][:-1])
-    if session_gap:
-        is_session_start[1:] |= np.diff(time[by_user]) > session_gap * 60_000
-    session = np.empty(len(unique), np.int64)
-    session[by_user] = np.cumsum(is_session_start) - 1  # (n,) session numbers
-
+    session = number_sessions(user, time, split, session_gap)
     click = unique["is_click"].to_numpy() > 0
     is_long = unique["long_view"].to_numpy() > 0
     long_view = click & is_long
     candidates = pd.DataFrame({
-        "timestamp": time, "sessionid": session, "userid": user, "itemid": unique["video_id"], "tab": unique["tab"],
-        "click": click.astype(np.int8), "long_view": long_view.astype(np.int8),
-        "click_time": np.where(click, time, NO_EVENT_MS),
-        "long_view_time": np.where(long_view, time + play_time, NO_EVENT_MS),
-        "session_index": session, "split": split})
+        "split": split, "sessionid": session, "timestamp": time, "userid": user, "itemid": unique["video_id"],
+        "tab": unique["tab"], "click": click.astype(np.int8), "click_time": time,
+        "long_view": long_view.astype(np.int8), "long_view_time": time + play_time})
     is_kept = np.bincount(session)[session] >= min_session
-    session_start = np.full(session.max() + 1, NO_EVENT_MS)
-    np.minimum.at(session_start, session, time)
-    order = np.lexsort((np.arange(len(unique)), session, session_start[session], split))
-    rows = candidates.iloc[order[is_kept[order]]].reset_index(drop=True)
-    split_offsets = [0, *np.searchsorted(rows["split"], [1, 2]).tolist(), len(rows)]
-    require_three_splits(split_offsets, f"remaining {len(rows):,} rows")
+    rows = order_rows(candidates[is_kept])
     row_counts = [
         CountRow("rows read", len(log), 0),
         CountRow("dropped: duplicate user, video and time", int(is_duplicate.sum())),
@@ -120,12 +102,16 @@ def _build_rows(log: pd.DataFrame, session_gap: float,
         CountRow("kept: rows", len(rows)),
         CountRow("long views without a click, counted as neither", int((~click & is_long).sum()), 2),
     ]
-    return rows, split_offsets, row_counts
+    return rows, row_counts
 
 
-def _read_feature_table(paths: list[Path], raw_key: str, key: str, fields: Sequence[str], ids: NDArray[np.int64],
-                        description: str) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Step 7: the fields of the users, or videos, `ids` of the rows; and the row counts."""
+def read_features(paths: Sequence[Path], raw_key: str, key: str, fields: Sequence[str], rows: pd.DataFrame,
+                  description: str) -> tuple[pd.DataFrame, list[CountRow]]:
+    """Step 7: the `fields` of the users, or videos, in column `key` of the MDP rows; and the row counts.
+
+    `raw_key` is the key's name in the files `paths`. Raises UserError if a cell is invalid.
+    """
+    ids = np.unique(rows[key])
     schema: dict[str, ColumnType] = {raw_key: "id", **dict.fromkeys(fields, "optional_text")}
     raw_table = pd.concat([read_table(path, schema) for path in paths], ignore_index=True)
     is_duplicate = raw_table[raw_key].duplicated()

@@ -36,7 +36,7 @@ class TensorLoader:
         self.tensors: Batch = (torch.from_numpy(dataset.categorical).to(device),
                                torch.from_numpy(dataset.numerical).to(device),
                                torch.from_numpy(dataset.labels).to(device))
-        self.session = dataset.session
+        self.session, self.user = dataset.session, dataset.user
         self.batch_size, self.seed, self.epoch, self.window = batch_size, seed, 0, window
         self.row_start = torch.from_numpy(dataset.sessions.row_start).to(device)  # (n,)
 

@@ -14,7 +14,8 @@ from dataset.retailrocket import LONG_TAILED, PROPERTIES, TASKS
 from dataset.simulate import config_from_manifest
 from dataset.tables import SPLITS, read_feature_table, read_split
 
-FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks")  # the entries that define the columns
+# the entries that define the columns
+FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks", "rates")
 PAPER_MANIFEST: dict[str, Any] = {
     "source": "RetailRocket, tables as published by the paper's authors",
     "categorical": list(PROPERTIES),
@@ -22,6 +23,7 @@ PAPER_MANIFEST: dict[str, Any] = {
     "context": [],
     "history": "",
     "long_tailed": list(LONG_TAILED),
+    "rates": [],
     "tasks": list(TASKS),
 }
 
@@ -37,7 +39,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
                         "dataset.prepare again")
     # Manifests of earlier versions have a single table.
     manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
-                "history": "", **manifest}
+                "history": "", "rates": [], **manifest}
     tables, context, tasks, history = (manifest[key] for key in ("tables", "context", "tasks", "history"))
     if len(tasks) != 2 or not all(
             isinstance(task, dict) and _is_identifier(task.get("name")) and _is_identifier(task.get("label"))
@@ -59,7 +61,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not categorical or not all(isinstance(field, str) for field in (*fields, *categorical)):
         raise UserError(f"{path}: 'categorical' and the fields of 'tables' and 'context' are lists of names")
     _require_known(path, "categorical", categorical, fields, "it is in no table and not in 'context'")
-    _require_known(path, "long_tailed", manifest["long_tailed"], categorical, "it is not in 'categorical'")
+    for entry in ("long_tailed", "rates"):
+        if not isinstance(manifest[entry], list):
+            raise UserError(f"{path}: '{entry}' is a list of fields")
+        _require_known(path, entry, manifest[entry], categorical, "it is not in 'categorical'")
     labels = [task["label"] for task in tasks]
     columns = ["timestamp", "sessionid", "visitorid", *context, *labels, *(f"{label}_time" for label in labels),
                *set(keys)]

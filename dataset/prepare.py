@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import UserError, cli_entry_point
-from common.fileio import check_writable, exclusive_lock
+from common.fileio import exclusive_lock
 from dataset import kuairand, retailrocket
-from dataset.tables import print_row_counts, write_dataset
+from dataset.tables import print_row_counts, require_new_folder, write_dataset
 
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
@@ -44,9 +44,7 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
     if not raw_dir.is_dir():
         raise UserError(f"{raw_dir}: no such folder: --raw takes the folder of the raw files")
     with exclusive_lock(out_dir):
-        if out_dir.exists():
-            raise UserError(f"{out_dir} exists already: choose another --out, or move that folder away first")
-        check_writable(out_dir.parent)
+        require_new_folder(out_dir)
         dataset = IMPORTERS[source].load_raw(raw_dir, session_gap, min_session)
         print_row_counts(dataset)
         write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session})

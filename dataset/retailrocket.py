@@ -27,14 +27,15 @@ from common.errors import UserError
 from common.fileio import read_json
 from dataset.simulate import SimulationConfig, config_from_manifest, read_ground_truth
 from dataset.tables import (
-    NO_EVENT_MS,
     CountRow,
     FeatureTable,
     PreparedDataset,
     find_csv,
+    number_sessions,
+    order_rows,
     read_with_progress,
     require_memory_for,
-    require_three_splits,
+    validation_start,
 )
 
 EVENTS = ("view", "addtocart", "transaction")
@@ -46,6 +47,7 @@ EVENT_SCHEMA: dict[str, ColumnType] = {"timestamp": "id", "visitorid": "id", "ev
 PROPERTY_SCHEMA: dict[str, ColumnType] = {"timestamp": "id", "itemid": "id", "property": "text",
                                           "value": "optional_text"}
 MIN_SESSION_ROWS = 2
+NO_EVENT_MS = np.iinfo(np.int64).max
 # Bytes of memory per byte of CSV, measured; the properties are read in chunks.
 EVENT_MEMORY_FACTOR, PROPERTY_MEMORY_FACTOR = 8.0, 1.0
 
@@ -62,8 +64,7 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
 
     require_memory_for({event_file: EVENT_MEMORY_FACTOR, **dict.fromkeys(property_files, PROPERTY_MEMORY_FACTOR)})
     rows, row_counts = _build_rows(_read_events(event_file), session_gap, min_session)
-    split_offsets, train_end_ms = _split_by_time(rows)
-    items, item_counts = _item_features(property_files, np.unique(rows["itemid"]), train_end_ms)
+    items, item_counts = _item_features(property_files, np.unique(rows["itemid"]), validation_start(rows))
     row_counts += item_counts
     if tree_file is not None:  # checked and counted; the tables do not contain it
         tree = read_table(tree_file, {"categoryid": "id", "parentid": "optional_id"})
@@ -82,10 +83,10 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
     has_ground_truth = truth_file.exists() and not session_gap
     return PreparedDataset(
         source="RetailRocket, simulated" if config else "RetailRocket",
-        rows=rows, split_offsets=split_offsets, train_end_ms=train_end_ms, row_counts=row_counts,
+        rows=rows, row_counts=row_counts,
         inputs=[event_file, *property_files, *([tree_file] if tree_file else [])],
-        feature_tables={"item_feadf.csv": FeatureTable("itemid", items)}, context=[], long_tailed=list(LONG_TAILED),
-        tasks=list(TASKS), simulation=simulation,
+        feature_tables={"item_feadf.csv": FeatureTable("itemid", items)}, context=[],
+        long_tailed=list(LONG_TAILED), tasks=list(TASKS), simulation=simulation,
         ground_truth=_align_ground_truth(truth_file, rows, config) if config and has_ground_truth else None)
 
 
@@ -103,7 +104,7 @@ def _read_events(path: Path) -> pd.DataFrame:
 
 
 def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Steps 1 to 4: the MDP rows in order of session start, session, time; and the row counts of the events."""
+    """Steps 1 to 5: the MDP rows, and the row counts of the events."""
     # One order, whatever the order of the file: visitor, time, event type (a view before its cart), item.
     order = np.lexsort((events["transactionid"], events["itemid"], events["event"], events["timestamp"],
                         events["visitorid"]))
@@ -116,11 +117,7 @@ def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> t
         is_duplicate[1:] &= column[1:] == column[:-1]
     time, visitor, event_type, item = (column[~is_duplicate] for column in (time, visitor, event_type, item))
 
-    is_session_start = np.ones(len(time), bool)
-    is_session_start[1:] = visitor[1:] != visitor[:-1]
-    if session_gap:
-        is_session_start[1:] |= np.diff(time) > session_gap * 60_000
-    session = np.cumsum(is_session_start) - 1  # (E,) session numbers
+    session = number_sessions(visitor, time, gap_minutes=session_gap)  # (E,)
 
     # One row per (session, item): its first event gives the row, the others its labels.
     by_item = np.lexsort((np.arange(len(time)), item, session))
@@ -137,40 +134,37 @@ def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> t
         "click_time": np.minimum.reduceat(cart_time, group_starts),
         "pay_time": np.minimum.reduceat(purchase_time, group_starts),
         "events": np.diff(np.append(group_starts, len(time))),
-        "session_index": session[first_event],
-        "event": first_event,  # breaks ties in time
+        "event": first_event,
     })
     candidates["click"] = (candidates["click_time"] != NO_EVENT_MS).astype(np.int8)
     candidates["pay"] = (candidates["pay_time"] != NO_EVENT_MS).astype(np.int8)
 
-    lengths = np.bincount(candidates["session_index"])
-    is_kept = lengths[candidates["session_index"]] >= min_session
-    rows, dropped = candidates[is_kept].copy(), candidates[~is_kept]
+    is_kept = np.bincount(session[first_event])[session[first_event]] >= min_session
+    dropped = candidates[~is_kept]
+    rows = candidates[is_kept].sort_values("event")  # of rows at the same time that of the earlier event comes first
     if rows.empty:
         raise UserError(f"no session has {min_session} items or more: nothing to learn from (see --min_session)")
-    session_start = np.full(len(lengths), NO_EVENT_MS)
-    np.minimum.at(session_start, rows["session_index"], rows["timestamp"])
-    rows["start"] = session_start[rows["session_index"]]
-    rows = rows.iloc[np.lexsort((rows["event"], rows["timestamp"], rows["session_index"], rows["start"]))]
+    rows = order_rows(rows.assign(split=_split_by_time(rows)))
     row_counts = [
         CountRow("events read", len(order), 0),
         *[CountRow(name, int((events["event"] == code).sum()), 2) for code, name in enumerate(EVENTS)],
         CountRow("dropped: duplicate events", int(is_duplicate.sum())),
-        CountRow(f"dropped: in {dropped['session_index'].nunique():,} sessions of fewer than {min_session} items",
+        CountRow(f"dropped: in {dropped['sessionid'].nunique():,} sessions of fewer than {min_session} items",
                  int(dropped["events"].sum())),
         CountRow("merged: later events of an item in its session", int(rows["events"].sum()) - len(rows)),
         CountRow("kept: rows, one per item of a session", len(rows)),
     ]
-    return rows.reset_index(drop=True), row_counts
+    return rows, row_counts
 
 
-def _split_by_time(rows: pd.DataFrame) -> tuple[list[int], int]:
-    """Step 5: the split offsets (0, a, b, rows), and the time at which validation starts."""
-    starts = np.flatnonzero(np.append(True, np.diff(rows["session_index"]) != 0))  # first row of each session
-    split_offsets = [0, *(int(starts[min(int(np.searchsorted(starts, fraction * len(rows))), len(starts) - 1)])
-                          for fraction in (0.6, 0.8)), len(rows)]
-    require_three_splits(split_offsets, f"remaining {len(starts)} sessions ({len(rows)} rows)")
-    return split_offsets, int(rows["timestamp"].iloc[split_offsets[1]])
+def _split_by_time(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """Step 5: the split of each of n rows, (n,): sessions in order of their start, cut 6:2:2 by number of rows."""
+    sessions = rows.groupby("sessionid")["timestamp"].agg(["min", "size"]).sort_values("min", kind="stable")
+    first_rows = (sessions["size"].cumsum() - sessions["size"]).to_numpy()  # the rows before each session
+    cuts = [first_rows[min(int(np.searchsorted(first_rows, fraction * len(rows))), len(first_rows) - 1)]
+            for fraction in (0.6, 0.8)]
+    split = np.searchsorted(cuts, first_rows, side="right")
+    return split[sessions.index.get_indexer(pd.Index(rows["sessionid"]))]
 
 
 def _item_features(paths: Iterable[Path], item_ids: NDArray[np.int64],

@@ -27,17 +27,19 @@ from common.csv_reader import cell_location, count_lines, log_repairs, normalize
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from dataset.features import (
+    NUMERICAL_FEATURES,
     Floats,
     Ids,
     NumericalMode,
     features_version,
+    running_rates,
     session_features,
     user_history_features,
 )
 from dataset.manifest import FINGERPRINT_KEYS, PAPER_MANIFEST, read_manifest, verify_checksums
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split
+from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split, session_order
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -61,33 +63,40 @@ class RetailRocketRLDataset(Dataset[Example]):
         table: the path of `train.csv`, `val.csv` or `test.csv`, or the rows themselves, which require the next three.
         items: the item table, or several feature tables; a field that is in none is a column of `table`.
         field_names, label_names: the categorical fields, and the labels, one per task.
-        numerical: `session`: the session features; `none`: one column of zeros, as published.
+        numerical: `session`: the session features; `rates`: these and `rates`; `none`: one column of zeros, as
+            published.
         ground_truth: of a simulated log, the state of the simulator at each row of `table`.
         history_features: features (n, N) of the rows of `table` that replace the session features, such as
             `user_history_features`.
+        rates: further features of the rows of `table`, a column each, such as `running_rates`.
 
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
-        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`), or one column of zeros.
+        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`) and running rates, or one column
+            of zeros.
+        numerical_names: of the columns of `numerical`.
         labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
+        history_key: the key of the user, whose earlier rows the history features are of; "": there is none.
         timestamp: (n,) int64 ms.
         ground_truth: `dataset.simulate.GROUND_TRUTH_SCHEMA` of each row if the log is simulated, else None.
         long_tailed: fields of which only the frequent values are kept; None if unknown.
     """
 
     def __init__(self, table: str | Path | pd.DataFrame, items: pd.DataFrame | Sequence[FeatureTable] = (),
-                 field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: NumericalMode = "session",
-                 ground_truth: pd.DataFrame | None = None, history_features: Floats | None = None) -> None:
+                 field_names: Sequence[str] = (), label_names: Sequence[str] = (), numerical: NumericalMode = "rates",
+                 ground_truth: pd.DataFrame | None = None, history_features: Floats | None = None,
+                 rates: pd.DataFrame | None = None) -> None:
         if not isinstance(table, pd.DataFrame):
             self.__dict__ |= vars(_read_one_split(Path(table), numerical))
             return
         self.source: dict[str, Any] = {}
         self.long_tailed: list[str] | None = None
+        self.history_key = ""
         label_names = list(label_names)
-        order = _session_order(table)
+        order = session_order(table)
         table = table.iloc[order]
         self.session: Ids = table["sessionid"].to_numpy(copy=True)
         self.timestamp: Ids = table["timestamp"].to_numpy(copy=True)
@@ -103,11 +112,15 @@ class RetailRocketRLDataset(Dataset[Example]):
         rows = np.arange(len(table))
         self.fields = {field: self.fields[field] if field in self.fields
                        else _categorical_column(table[field].to_numpy(), rows) for field in field_names}
+        self.numerical_names = ["zero"] if numerical == "none" else [*NUMERICAL_FEATURES]
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
             self.numerical = (session_features(table, label_names) if history_features is None
                               else history_features[order])
+            if numerical == "rates" and rates is not None:
+                self.numerical = np.hstack([self.numerical, rates.to_numpy(np.float32)[order]])
+                self.numerical_names += map(str, rates.columns)
         self._numerical_mode = numerical
         self._categorical: Ids | None = None
         self.field_dims: list[int] = []
@@ -129,9 +142,14 @@ class RetailRocketRLDataset(Dataset[Example]):
         return self.keys["itemid"]
 
     @property
+    def user(self) -> Ids:
+        """The user of each row, (n,): by the history key; without one each session is a user of its own."""
+        return self.keys[self.history_key] if self.history_key else self.session
+
+    @property
     def metadata(self) -> dict[str, Any]:
         """The metadata that a model of these features must match: data, features with their version, ids and tasks."""
-        features = features_version() if self._numerical_mode == "session" else ""
+        features = "" if self._numerical_mode == "none" else features_version()
         return {"data": "", "tasks": [], **self.source, "numerical": self._numerical_mode, "features": features,
                 "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
                 "numerical_num": self.numerical_num}
@@ -177,7 +195,7 @@ class Splits:
         return [task["name"] for task in self.manifest["tasks"]]
 
 
-def load_splits(path: Path, numerical: NumericalMode = "session") -> Splits:
+def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
@@ -215,12 +233,14 @@ def load_splits(path: Path, numerical: NumericalMode = "session") -> Splits:
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table)
     history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
+    rates = _running_rates(tables, feature_tables, manifest, labels) if numerical == "rates" else {}
     datasets = {split: RetailRocketRLDataset(table, list(feature_tables.values()), fields, labels, numerical,
-                                             ground_truth.get(split), history.get(split))
+                                             ground_truth.get(split), history.get(split), rates.get(split))
                 for split, table in tables.items()}
     for dataset in datasets.values():
         dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
+        dataset.history_key = str(manifest["history"])
     return Splits(**datasets, manifest=manifest, fingerprint=fingerprint)
 
 
@@ -261,7 +281,7 @@ def _read_ground_truth(path: Path, tables: Mapping[str, pd.DataFrame],
 
 def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> None:
     """Print how many rows contradict each other or themselves; the files of `dataset.prepare` have none."""
-    order = _session_order(table)
+    order = session_order(table)
     log_repairs(path, int((order != np.arange(len(order))).sum()), "rows sorted by session and time")
     timestamp = table["timestamp"].to_numpy()
     for label in labels:
@@ -288,13 +308,19 @@ def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
                 f"values in column{'s' * (len(changed) > 1)} {fields} stripped of whitespace or a final .0")
 
 
-def _session_order(table: pd.DataFrame) -> Ids:
-    """Sessions by their first row's time, rows of a session by time; ties in the order of the file."""
-    time = table["timestamp"].to_numpy()
-    sessions, session_index = np.unique(table["sessionid"].to_numpy(), return_inverse=True)
-    session_start = np.full(len(sessions), np.iinfo(np.int64).max)
-    np.minimum.at(session_start, session_index, time)
-    return np.lexsort((np.arange(len(table)), time, session_index, session_start[session_index]))
+def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
+                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, pd.DataFrame]:
+    """`running_rates` of the fields that the manifest names, over all splits in order of time; by split."""
+    rows = pd.concat(tables.values(), ignore_index=True)
+    groups = {}
+    for field in manifest["rates"]:
+        values, index = next(((table[field], pd.Index(table[key]).get_indexer(pd.Index(rows[key])))
+                              for key, table in feature_tables.values() if field in table.columns),
+                             (rows.get(field), np.arange(len(rows))))
+        groups[field] = _categorical_column(values.to_numpy(), index).codes
+    rates = running_rates(rows, groups, labels)
+    ends = np.cumsum([len(table) for table in tables.values()])
+    return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}
 
 
 def _categorical_column(values: NDArray[np.object_], index: NDArray[np.int64]) -> CategoricalColumn:

@@ -9,15 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from common.csv_reader import ColumnType, cell_location, read_chunks, read_table
 from common.errors import UserError
-from common.fileio import atomic_folder, require_free_memory, sha256, write_json
+from common.fileio import atomic_folder, check_writable, require_free_memory, sha256, write_json
 
 SPLITS = ("train", "val", "test")
 GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
-NO_EVENT_MS = np.iinfo(np.int64).max
+MINUTE_MS = 60_000
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,9 @@ class PreparedDataset:
     """The MDP tables that an importer makes of raw logs.
 
     Attributes:
-        rows: in order of split, session start and time; columns timestamp, sessionid, `session_index` (0, 1, ...),
-            the keys of the feature tables, the context fields, and for each label `<label>` and `<label>_time` (ms;
-            `NO_EVENT_MS` or missing: it did not happen).
-        split_offsets: the row numbers (0, a, b, rows) between which train, val and test are; splits share no session.
-        train_end_ms: when validation starts, ms; feature tables contain nothing later if the source has times.
+        rows: the output of `order_rows`; columns split, timestamp, sessionid, the keys of the feature tables, the
+            context fields, and for each label `<label>` (0 or 1) and `<label>_time`, when its outcome was known, in ms;
+            without that column, directly after the row. Other columns are not written.
         row_counts: how many raw rows were read, dropped, merged and kept.
         inputs: the raw files.
         feature_tables: file name to table.
@@ -57,14 +56,13 @@ class PreparedDataset:
         history_key: the key, such as the user's, over whose earlier rows the session features are computed; "": over
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
+        rates: fields whose counts and rates so far are numerical features (`dataset.features.running_rates`).
         tasks: objects with "name" and "label"; the first is CTR.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
     """
 
     source: str
     rows: pd.DataFrame
-    split_offsets: list[int]
-    train_end_ms: int
     row_counts: list[CountRow]
     inputs: list[Path]
     feature_tables: dict[str, FeatureTable]
@@ -72,30 +70,95 @@ class PreparedDataset:
     long_tailed: list[str]
     tasks: list[dict[str, str]]
     history_key: str = ""
+    rates: Sequence[str] = ()
     simulation: dict[str, Any] | None = None
     ground_truth: pd.DataFrame | None = None
 
     @property
     def splits(self) -> dict[str, pd.DataFrame]:
+        offsets = np.searchsorted(self.rows["split"], range(len(SPLITS) + 1))
         return {name: self.rows.iloc[start:stop]
-                for name, start, stop in zip(SPLITS, self.split_offsets[:-1], self.split_offsets[1:], strict=True)}
+                for name, start, stop in zip(SPLITS, offsets[:-1], offsets[1:], strict=True)}
 
     @property
     def labels(self) -> list[str]:
         return [task["label"] for task in self.tasks]
 
 
+def number_sessions(key: ArrayLike, timestamp: ArrayLike, split: ArrayLike = 0,
+                    gap_minutes: float = 0.0) -> NDArray[np.int64]:
+    """The session of each of n rows, (n,), numbered from 0 by split, key and time.
+
+    A session is the rows of one key, such as a user, inside a split; with `gap_minutes` it also ends after so many
+    minutes without a row. `key`, `timestamp` (ms) and `split` are numbers, (n,) each, in any order.
+    """
+    columns = np.broadcast_arrays(split, key, timestamp)
+    order = np.lexsort(columns[::-1])
+    splits, keys, times = (column[order] for column in columns)
+    is_start = np.ones(len(order), bool)
+    is_start[1:] = (splits[1:] != splits[:-1]) | (keys[1:] != keys[:-1])
+    if gap_minutes:
+        is_start[1:] |= np.diff(times) > gap_minutes * MINUTE_MS
+    session = np.empty(len(order), np.int64)
+    session[order] = np.cumsum(is_start) - 1
+    return session
+
+
+def session_order(rows: pd.DataFrame) -> NDArray[np.int64]:
+    """The row numbers (n,) in order of session start, session and time; rows at the same time keep their order."""
+    time = rows["timestamp"].to_numpy()
+    sessions, session = np.unique(rows["sessionid"].to_numpy(), return_inverse=True)
+    start = np.full(len(sessions), np.iinfo(np.int64).max)
+    np.minimum.at(start, session, time)
+    return np.lexsort((time, session, start[session]))
+
+
+def order_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """MDP rows in the order of the tables: by split, then as by `session_order`.
+
+    `rows` has the columns `split` (0: train, 1: val, 2: test), `sessionid` and `timestamp` (ms), and any others.
+    Raises UserError if a split is empty or a session is in two splits.
+    """
+    split = rows["split"].to_numpy()
+    sessions = rows[["sessionid", "split"]].drop_duplicates()
+    found = np.unique(split).tolist()
+    if found != [*range(len(SPLITS))]:
+        raise UserError(f"the remaining {len(sessions):,} sessions ({len(rows):,} rows) cannot be cut into train, val "
+                        f"and test, 0, 1 and 2: they are in splits {found}: a larger log is needed")
+    shared = sessions["sessionid"][sessions["sessionid"].duplicated()]
+    if len(shared):
+        raise UserError(f"session {shared.iloc[0]} is in two splits: number the sessions inside a split, see "
+                        "dataset.tables.number_sessions")
+    order = session_order(rows)
+    return rows.iloc[order[np.argsort(split[order], kind="stable")]].reset_index(drop=True)
+
+
+def validation_start(rows: pd.DataFrame) -> int:
+    """When validation starts, ms: feature tables must contain nothing later."""
+    return int(rows["timestamp"][rows["split"] == 1].min())
+
+
+def require_new_folder(out_dir: Path) -> None:
+    """Raise UserError if a folder exists already or cannot be written: an import fails at its start."""
+    if out_dir.exists():
+        raise UserError(f"{out_dir} exists already: choose another name, or move that folder away first")
+    check_writable(out_dir.parent)
+
+
 def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the folder `out_dir`: a CSV per split, the feature tables, and `manifest.json`, which describes them."""
+    """Write the folder `out_dir`: a CSV per split, the feature tables, and `manifest.json`, which describes them.
+
+    Raises UserError if it exists already.
+    """
+    require_new_folder(out_dir)
     keys = list(dict.fromkeys(table.key for table in dataset.feature_tables.values()))
-    columns = ["timestamp", "sessionid", *keys, *dataset.context, *reversed(dataset.labels),
-               *(f"{label}_time" for label in dataset.labels)]
+    columns = ["timestamp", "sessionid", *keys, *dataset.context, *reversed(dataset.labels)]
     with atomic_folder(out_dir) as folder:
         for name, split in dataset.splits.items():
             written = split[columns].copy()
             for label in dataset.labels:
-                event_time = written[f"{label}_time"]
-                written[f"{label}_time"] = event_time.astype("Int64").mask(event_time == NO_EVENT_MS)
+                known_from = split.get(f"{label}_time", split["timestamp"])
+                written[f"{label}_time"] = known_from.astype("Int64").where(split[label] > 0)
             written.to_csv(folder / f"{name}.csv", index=False)
         for name, feature_table in dataset.feature_tables.items():
             feature_table.table.to_csv(folder / name, index=False)
@@ -108,11 +171,12 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
             "inputs": {path.name: sha256(path)
                        for path in tqdm(dataset.inputs, "fingerprints", leave=False, disable=None)},
             "settings": dict(settings),
-            "boundary": dataset.train_end_ms,
+            "boundary": validation_start(dataset.rows),
             "row_counts": [[row.label, row.count] for row in dataset.row_counts],
             "categorical": [*dataset.context, *(field for table in dataset.feature_tables.values()
                                                 for field in table.fields)],
             "long_tailed": dataset.long_tailed,
+            "rates": list(dataset.rates),
             "context": dataset.context,
             "history": dataset.history_key,
             "tables": {name: {"key": table.key, "fields": table.fields}
@@ -131,13 +195,13 @@ def print_row_counts(dataset: PreparedDataset) -> None:
     rates = "".join(f"{label:>{max(9, len(label) + 2)}}" for label in dataset.labels)
     print(f"\n{'':<8}{'rows':>12}{'sessions':>12}{rates}   rows per session: median, 99 %, max")
     for name, split in {**dataset.splits, "all": dataset.rows}.items():
-        lengths = split.groupby("session_index").size()
+        lengths = split.groupby("sessionid").size()
         rates = "".join(f"{split[label].mean():>{max(9, len(label) + 2)}.2%}" for label in dataset.labels)
         print(f"{name:<8}{len(split):>12,}{len(lengths):>12,}{rates}"
               f"   {lengths.median():.0f}, {lengths.quantile(0.99):.0f}, {lengths.max()}")
-    after_cutoff = int((dataset.splits["train"]["timestamp"] > dataset.train_end_ms).sum())
-    cutoff = pd.Timestamp(dataset.train_end_ms, unit="ms")
-    print(f"the first validation session starts at {cutoff:%Y-%m-%d %H:%M:%S} UTC; "
+    cutoff = validation_start(dataset.rows)
+    after_cutoff = int((dataset.splits["train"]["timestamp"] > cutoff).sum())
+    print(f"the first validation session starts at {pd.Timestamp(cutoff, unit='ms'):%Y-%m-%d %H:%M:%S} UTC; "
           f"{after_cutoff:,} train rows after the cutoff\n")
 
 
@@ -148,17 +212,11 @@ def require_memory_for(memory_factor: Mapping[Path, float]) -> None:
                         f"{next(iter(sizes)).parent}: {sum(sizes.values()) / 2**30:.1f} GiB of CSV")
 
 
-def require_three_splits(split_offsets: Sequence[int], description: str) -> None:
-    """Raise UserError if a split is empty; `description` is what was cut."""
-    if min(np.diff(split_offsets)) < 1:
-        raise UserError(f"the {description} cannot be cut 6:2:2 into train, val and test: a larger log is needed")
-
-
-def find_csv(raw_dir: Path, pattern: str, description: str) -> list[Path]:
+def find_csv(raw_dir: Path, pattern: str, description: str, option: str = "--raw") -> list[Path]:
     """The files `<pattern>.csv` and `<pattern>.csv.gz` of a folder, by name. Raises UserError if there are none."""
     paths = sorted(path for suffix in (".csv", ".csv.gz") for path in raw_dir.glob(pattern + suffix) if path.exists())
     if not paths:
-        raise UserError(f"{raw_dir / pattern}.csv: no such file: --raw takes the folder of {description}")
+        raise UserError(f"{raw_dir / pattern}.csv: no such file: {option} takes the folder of {description}")
     return paths
 
 

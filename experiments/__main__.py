@@ -5,9 +5,9 @@
     python3 -m experiments --datasets=kr --embed_dim=64 --feature_map_rate=0.8 --learning_rate=0.0003
     python3 -m experiments --report_only   # report.md and plots from an existing results.csv
 
-A run is one call of `SLmain.py` or `RLmain.py` with one thread, in its own directory; `--workers` of them run in
-parallel. A finished run is a row of results.csv with its command. After an interruption the same command resumes.
-report.md and the plots are written from results.csv alone.
+A run is one call of `SLmain.py`, `RLmain.py`, `experiments.boosting` or `experiments.controls` with one thread, in its
+own directory; `--workers` of them run in parallel. A finished run is a row of results.csv with its command. After an
+interruption the same command resumes. report.md and the plots are written from results.csv alone.
 """
 
 from __future__ import annotations

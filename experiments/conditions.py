@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from experiments.boosting import BoostingArguments
+from experiments.controls import CONTROLS, ControlArguments
 from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, option
 from train.task_weighting import WEIGHTINGS
 
-TABLES = ("main", "ablation", "session", "exploratory", "weighting", "transfer", "lambda", "gamma", "tau")
+TABLES = ("main", "ablation", "session", "exploratory", "controls", "weighting", "transfer", "lambda", "gamma", "tau")
+BOOSTING, CONTROL = "-m experiments.boosting", "-m experiments.controls"
 Key = tuple[str, str, str, int]  # data set, model, condition, seed
 
 
@@ -22,7 +25,8 @@ class ExperimentArguments(Settings):
     """Which experiments run, and the size of their models. Raises UserError."""
 
     datasets: str = option("rt", "comma-separated data sets")
-    models: str = option("esmm,mmoe,ple", "comma-separated models; all tables but main and transfer use the first")
+    models: str = option("esmm,mmoe,ple", "comma-separated models; all tables but main, controls and transfer use the "
+                         "first")
     seeds: int = option(5, "number of seeds; every seed has its own baseline, critics and fine-tuning runs", low=2,
                         high=1000)
     first_seed: int = option(1, "first seed; the others are consecutive", low=0, high=2**30)
@@ -102,7 +106,7 @@ class Condition:
 
     @property
     def starts_from_baseline(self) -> bool:
-        return self.program == "RLmain.py" or "polish_lambda" in self.overrides
+        return self.program in ("RLmain.py", CONTROL) or "polish_lambda" in self.overrides
 
     @property
     def dependencies(self) -> list[tuple[str, str]]:
@@ -121,12 +125,16 @@ def conditions(settings: ExperimentArguments) -> list[Condition]:
         _polish("main", model, "RMTL"),
         Condition("main", model, "constant", {"polish_lambda": 1.0, "polish_method": "constant"}, "baseline"),
         _polish("main", model, "shuffled", polish_method="shuffled"))]
+    every.append(Condition("main", "scikit-learn", "boosting", program=BOOSTING))
     every += [_polish("ablation", main_model, method, polish_method=method) for method in ("label", "critic")]
     every += [Condition("session", main_model, ", ".join(f"{key} {value}" for key, value in inputs.items()), inputs,
                         "baseline")
-              for inputs in ({"numerical": "none"}, {"encoder": "gru"}, {"encoder": "attention"},
-                             {"numerical": "none", "encoder": "gru"}, {"numerical": "none", "encoder": "attention"})]
+              for inputs in ({"numerical": "session"}, {"numerical": "none"}, {"encoder": "gru"},
+                             {"encoder": "attention"}, {"numerical": "none", "encoder": "gru"},
+                             {"numerical": "none", "encoder": "attention"})]
     every += exploratory_conditions(main_model, settings)
+    every += [Condition("controls", model, name, {"control": name}, "constant", CONTROL)
+              for model in models for name in CONTROLS]
     every += [Condition("weighting", main_model, name, {"weighting": name}, "baseline") for name in WEIGHTINGS[1:]]
     every += [_polish("transfer", model, f"critics of {other}", critics=(other, "critics"))
               for model, other in itertools.permutations(models, 2)]
@@ -219,9 +227,12 @@ class ExperimentRun:
         name = name.replace(", ", "_").replace(" ", "_").replace("'", "")
         return experiment.folder / "runs" / f"{self.dataset}_{model}_{name}_{self.seed}"
 
-    def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments:
+    def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments | BoostingArguments:
         """The settings of its program."""
         condition, folder = self.condition, self.folder(experiment)
+        if condition.program == BOOSTING:
+            return BoostingArguments(dataset_name=self.dataset, dataset_path=experiment.dataset_path, seed=self.seed,
+                                     save_dir=str(folder))
         pretrain = self.folder(experiment, (condition.model, "baseline")) if condition.starts_from_baseline else folder
         shared: dict[str, Any] = {
             "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,
@@ -235,5 +246,6 @@ class ExperimentRun:
         if condition.critics:
             shared |= {"critic_dir": str(self.folder(experiment, condition.critics)),
                        "critic_model": condition.critics[0]}
-        return SLArguments(**shared, **{"model_name": condition.model, "learning_rate": experiment.learning_rate,
-                                        "epoch": experiment.epoch, **condition.overrides})
+        kind = ControlArguments if condition.program == CONTROL else SLArguments
+        return kind(**shared, **{"model_name": condition.model, "learning_rate": experiment.learning_rate,
+                                 "epoch": experiment.epoch, **condition.overrides})

@@ -9,12 +9,14 @@ import numpy as np
 
 from common.fileio import write_text
 from experiments.plots import plot_differences, plot_learning, plot_sensitivity, plot_weights
-from experiments.statistics import ALPHA, CONTROLS, Pair, PairedTest, Results
+from experiments.statistics import ALPHA, CONTROLS, REFERENCE, Pair, PairedTest, Results
 
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
-          "transfer": "Critics of another model", "lambda": "Lambda", "gamma": "Gamma (discount)",
-          "tau": "Tau (target averaging)", "weighting": "Task weighting", "session": "Session features and encoders"}
-METRICS = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss"}
+          "controls": "Controls without critics", "transfer": "Critics of another model", "lambda": "Lambda",
+          "gamma": "Gamma (discount)", "tau": "Tau (target averaging)", "weighting": "Task weighting",
+          "session": "Session features and encoders"}
+METRICS = {"auc": "AUC", "logloss": "Logloss", "session_logloss": "s-Logloss", "session_gauc": "s-GAUC",
+           "user_gauc": "u-GAUC"}
 
 
 def write_report(rows: Sequence[dict[str, str]], out: Path, command: str) -> None:
@@ -50,6 +52,11 @@ def _section(results: Results, dataset: str, out: Path) -> str:
         against = (("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))
         parts += [headline(results), f"![differences in AUC]({dataset}_gain.png)", main_table(results),
                   difference_table(results, [(model, *pair) for model in results.models for pair in against])]
+        if len(results.rows(*REFERENCE)):
+            parts += ["### Against gradient-boosted trees",
+                      "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, "
+                      "one a task (`experiments/boosting.py`).",
+                      difference_table(results, [(model, "baseline", REFERENCE[1]) for model in results.models])]
     else:
         parts.append("No model has a complete set of runs (baseline, controls and RMTL).")
     for name, title in TITLES.items():
@@ -83,11 +90,13 @@ def headline(results: Results) -> str:
 
 
 def main_table(results: Results) -> str:
-    """Test metrics of baseline, controls and RMTL."""
-    return _table(["model", "run", *(f"{task} {title}" for task in results.tasks for title in METRICS.values())], [
-        [model, condition, *(results.mean(model, condition, f"{metric}_{task}")
-                             for task in results.tasks for metric in METRICS)]
-        for model in results.models for condition in (*CONTROLS, "RMTL")])
+    """Test metrics of baseline, controls, RMTL and the reference; without those that all rows lack."""
+    columns = {f"{metric}_{task}": f"{task} {title}" for task in results.tasks for metric, title in METRICS.items()
+               if f"{metric}_{task}" in results.table}
+    runs = [(model, condition) for model in results.models for condition in (*CONTROLS, "RMTL")]
+    runs += [REFERENCE] * bool(len(results.rows(*REFERENCE)))
+    return _table(["model", "run", *columns.values()], [
+        [*run, *(results.mean(*run, column) for column in columns)] for run in runs])
 
 
 def difference_table(results: Results, pairs: Sequence[Pair], means: bool = False) -> str:

@@ -29,9 +29,12 @@ from common.fileio import read_json
 from common.run_dir import CRITIC_NAMES
 from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
+from experiments import boosting, controls
+from experiments.boosting import BoostingArguments
 from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
+from experiments.controls import ControlArguments
 from experiments.statistics import read_results, write_results
-from train.Arguments import RLArguments, SLArguments, to_command_line
+from train.Arguments import RLArguments, Settings, SLArguments, to_command_line
 from train.run import get_dataset
 
 KEEP_FILES = ("metrics.csv", "test.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")
@@ -95,26 +98,29 @@ def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
     """Run to completion in this process; return the row of results.csv. Raises UserError as the program does."""
     torch.set_num_threads(1)  # results must not depend on how many runs are parallel
     started, folder, settings = time.time(), run.folder(experiment), run.settings(experiment)
-    if _saved_settings(folder) != settings.plain():
+    run_dir = settings.run_dir
+    if _saved_settings(run_dir.config) != settings.plain():
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
             contextlib.redirect_stderr(log):
-        resumed = replace(settings, resume=True)
-        if isinstance(resumed, RLArguments):
-            RLmain.main(resumed)
+        if isinstance(settings, BoostingArguments):
+            boosting.main(settings)
+        elif isinstance(settings, RLArguments):
+            RLmain.main(replace(settings, resume=True))
+        elif isinstance(settings, ControlArguments):
+            controls.main(replace(settings, resume=True))
         else:
-            SLmain.main(**asdict(resumed))
-    config = read_json(_single_match(folder, "config.json"))
-    history = read_csv_rows(_single_match(folder, "metrics.csv"))
+            SLmain.main(**asdict(replace(settings, resume=True)))
+    config, history = read_json(run_dir.config), read_csv_rows(run_dir.metrics)
     tasks = [task["name"] for task in config["data"]["tasks"]]
     if isinstance(settings, RLArguments):  # its metrics have the task's number in place of the name
-        history += read_csv_rows(_single_match(folder, "test.csv"))
+        history += read_csv_rows(run_dir.test_metrics)
         suffixes = {f"_{number}": f"_{task}" for number, task in enumerate(tasks)}
         history = [{name[:-2] + suffixes.get(name[-2:], name[-2:]): value for name, value in row.items()}
                    for row in history]
-    deciles = next(folder.rglob("weights.csv"), None)
-    metrics = _collect_metrics(history, read_csv_rows(deciles) if deciles else [])
+    deciles = run_dir.weight_deciles
+    metrics = _collect_metrics(history, read_csv_rows(deciles) if deciles.exists() else [])
     for path in folder.rglob("*"):
         if path.is_file() and path.name not in KEEP_FILES and not _is_dependency(path, run, settings):
             path.unlink()
@@ -126,24 +132,19 @@ def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
             "command": to_command_line(condition.program, settings)}
 
 
-def _saved_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in this directory, without --resume; {} if there is none."""
-    path = next(folder.rglob("config.json"), None)
+def _saved_settings(config: Path) -> dict[str, Any]:
+    """The settings of the run with this config.json, without --resume; {} if there is none."""
     with contextlib.suppress(UserError):
-        return {**read_json(path)["settings"], "resume": False} if path else {}
+        return {**read_json(config)["settings"], "resume": False} if config.exists() else {}
     return {}
 
 
-def _single_match(folder: Path, name: str) -> Path:
-    (path,) = folder.rglob(name)
-    return path
-
-
-def _is_dependency(path: Path, run: ExperimentRun, settings: SLArguments | RLArguments) -> bool:
+def _is_dependency(path: Path, run: ExperimentRun, settings: Settings) -> bool:
     """Whether later runs load this file: a baseline, or critics."""
     if isinstance(settings, RLArguments):
         return path.suffix == ".pth" and path.stem in CRITIC_NAMES and settings.agent == "bc"
-    return run.condition.name == "baseline" and path == settings.baseline(run.condition.model)
+    return (isinstance(settings, SLArguments) and run.condition.name == "baseline"
+            and path == settings.baseline(run.condition.model))
 
 
 def _collect_metrics(history: list[Row], deciles: list[Row]) -> Row:

@@ -23,8 +23,9 @@ ALPHA = 0.05
 LEADING_COLUMNS = ("dataset", "tasks", "table", "model", "condition", "control", "critics", "seed", "epoch", "epochs")
 TRAILING_COLUMNS = ("fingerprint", "machine", "seconds", "command")  # the metrics are between them
 NUMERIC_COLUMNS = ("seed", "epoch", "epochs", "seconds")
-METRIC_PREFIXES = ("auc_", "logloss_", "session_logloss_", "val_", "weight_")
+METRIC_PREFIXES = ("auc_", "logloss_", "session_logloss_", "session_gauc_", "user_gauc_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
+REFERENCE = ("scikit-learn", "boosting")  # its model and condition: a control of every model
 
 
 def read_results(path: Path) -> list[dict[str, str]]:
@@ -102,6 +103,8 @@ class Results:
                                    .reset_index(drop=True)) for name, part in table.groupby("dataset", sort=False)}
 
     def rows(self, model: str, condition: str) -> pd.DataFrame:
+        """The rows of a condition; those of the reference whatever the model."""
+        model = REFERENCE[0] if condition == REFERENCE[1] else model
         return self.table[(self.table["model"] == model) & (self.table["condition"] == condition)]
 
     def pairs(self, name: str) -> list[Pair]:
@@ -111,8 +114,8 @@ class Results:
         return [pair for pair in pairs if len(self.rows(pair[0], pair[2]))]
 
     def values(self, model: str, condition: str, metric: str) -> pd.Series:
-        """A metric of a condition by seed."""
-        return self.rows(model, condition).set_index("seed")[metric].astype(float)
+        """A metric of a condition by seed; nan in rows of an earlier version, which have no such metric."""
+        return self.rows(model, condition).set_index("seed")[metric].replace("", "nan").astype(float)
 
     def lists(self, model: str, condition: str, name: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """The lists of numbers in a column (seeds, longest), padded with nan."""
@@ -123,7 +126,7 @@ class Results:
     def mean(self, model: str, condition: str, metric: str) -> str:
         """Mean ± standard deviation over the seeds."""
         values = self.values(model, condition, metric)
-        return f"{values.mean():.4f} ± {values.std():.4f}" if len(values) else "-"
+        return f"{values.mean():.4f} ± {values.std():.4f}" if values.notna().any() else "-"
 
     def paired(self, model: str, condition: str, control: str, metric: str) -> PairedTest:
         """The test of a metric over the seeds that condition and control share."""

@@ -4,7 +4,15 @@ critics (`critic`), encoders of the session (`sequence`), and fast operations (`
 from layers.base import MultiTaskModel
 from layers.critic import Critic, CriticNeg
 from layers.esmm import ESMM
-from layers.layers import EmbeddingLayer, Experts, FeatureEmbedding, Gate, LazyConcat, MultiLayerPerceptron
+from layers.layers import (
+    EmbeddingLayer,
+    Experts,
+    FeatureEmbedding,
+    Gate,
+    LazyConcat,
+    MultiLayerPerceptron,
+    standardize,
+)
 
 __all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FeatureEmbedding", "Gate", "LazyConcat",
-           "MultiLayerPerceptron", "MultiTaskModel"]
+           "MultiLayerPerceptron", "MultiTaskModel", "standardize"]

@@ -18,8 +18,7 @@ class Critic(nn.Module):
     """Fields, numbers and the action, each embedded, through a bottom and a tower to one number.
 
     The action is one more block of D inputs to the first layer: W concat(s, B a + c) = W_s s + (W_a B) a + W_a c, and
-    a is one number. Numbers are normalized first: (n - mean) / std, two buffers that an agent may set (0 and 1 at
-    first).
+    a is one number.
 
     Args:
         categorical_field_dims: number of ids of each of the F fields.
@@ -34,10 +33,6 @@ class Critic(nn.Module):
                  bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> None:
         super().__init__()
         self.input = FeatureEmbedding(categorical_field_dims, numerical_num, embed_dim)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.zeros(numerical_num))
-        self.register_buffer("std", torch.ones(numerical_num))
         self.action = nn.Linear(1, embed_dim)
         self.first = nn.Linear(self.input.output_dim + embed_dim, bottom_mlp_dims[0])
         self.dropout = dropout
@@ -48,7 +43,7 @@ class Critic(nn.Module):
         """The last pre-activation (B,)."""
         w_state, w_action = self.first.weight.split([self.input.output_dim, self.action.out_features], dim=1)
         bias = self.first.bias + w_action @ self.action.bias
-        h = linear(self.input(categorical_x, (numerical_x - self.mean) / self.std), w_state, bias)
+        h = linear(self.input(categorical_x, numerical_x), w_state, bias)
         h = h + action * (w_action @ self.action.weight).T  # (B, H)
         h = relu_dropout(h, self.dropout, self.training)
         if len(self.bottom.hidden):

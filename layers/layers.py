@@ -35,12 +35,44 @@ class EmbeddingLayer(nn.Module):
         return self.embedding(x + self.offsets)
 
 
+class Standardizer(nn.Module):
+    """(n - mean) / std of numbers (..., N); mean and std (N,) are buffers, 0 and 1 until they are fitted."""
+
+    def __init__(self, numerical_num: int) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.zeros(numerical_num))
+        self.register_buffer("std", torch.ones(numerical_num))
+
+    def fit(self, numbers: Tensor) -> None:
+        """Take mean and std of the rows of numbers (n, N'); numbers from N' on, the context of an encoder, stay as they
+        are. 1e-3 is added to a std, as TD3+BC does; that of a constant number is 1."""
+        width, numbers = numbers.shape[1], numbers.double()
+        std = numbers.std(dim=0, correction=min(1, len(numbers) - 1))
+        self.mean[:width] = numbers.mean(dim=0)
+        self.std[:width] = torch.where(std > 0, std + 1e-3, 1.0)
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return (numbers - self.mean) / self.std
+
+
+def standardize(network: nn.Module, numbers: Tensor) -> None:
+    """Let a network read its numerical features standardized by the rows of `numbers` (n, N), those of the training
+    split: every `Standardizer` in it is fitted. Its `state_dict` has the means and standard deviations."""
+    for module in network.modules():
+        if isinstance(module, Standardizer):
+            module.fit(numbers)
+
+
 class FeatureEmbedding(nn.Module):
-    """The input of every network here: embedded fields, then the numbers through one linear layer of D outputs."""
+    """The input of every network here: embedded fields, then the numbers, standardized, through one linear layer of D
+    outputs."""
 
     def __init__(self, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int) -> None:
         super().__init__()
         self.embedding = EmbeddingLayer(categorical_field_dims, embed_dim)
+        self.standardizer = Standardizer(numerical_num)
         self.numerical = nn.Linear(numerical_num, embed_dim)
         self.output_dim = (len(categorical_field_dims) + 1) * embed_dim
 
@@ -51,7 +83,7 @@ class FeatureEmbedding(nn.Module):
         """
         if categorical_x.ndim == 3:
             categorical_x, numerical_x = categorical_x[:, -1], numerical_x[:, -1]
-        return LazyConcat(self.embedding, self.numerical, categorical_x, numerical_x)
+        return LazyConcat(self.embedding, self.numerical, categorical_x, self.standardizer(numerical_x))
 
 
 class LazyConcat:

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from layers.base import Batch, Criterion, MultiTaskModel, Weights
 from layers.critic import CriticNeg
-from layers.layers import EmbeddingLayer, FeatureEmbedding, LazyConcat
+from layers.layers import EmbeddingLayer, FeatureEmbedding, LazyConcat, Standardizer
 
 CONTEXT_DIM = 32  # C
 NUM_HEADS = 4  # of attention
@@ -36,6 +36,7 @@ class SequenceEncoder(nn.Module):
     def __init__(self, field_num: int, numerical_num: int, embed_dim: int, window: int) -> None:
         super().__init__()
         self.window = window
+        self.standardizer = Standardizer(numerical_num)
         self.numerical = nn.Linear(numerical_num, embed_dim)
         self.step = nn.Linear((field_num + 1) * embed_dim, CONTEXT_DIM)
 
@@ -46,7 +47,8 @@ class SequenceEncoder(nn.Module):
             raise ValueError(f"ids of shape {tuple(categorical_x.shape)}: a network with an encoder takes windows, "
                              "(B, W, F) and (B, W, N), as dataset.loader.TensorLoader(..., window=W) makes them")
         mask = categorical_x[:, :, 0] >= 0  # (B, W); M of them are impressions
-        impressions = LazyConcat(embedding, self.numerical, categorical_x[mask], numerical_x[mask])
+        numbers = self.standardizer(numerical_x[mask])  # (M, N)
+        impressions = LazyConcat(embedding, self.numerical, categorical_x[mask], numbers)
         context = self.encode(impressions.linear(self.step.weight, self.step.bias), mask)
         return categorical_x[:, -1], torch.cat([numerical_x[:, -1], context], dim=1)
 
@@ -135,8 +137,7 @@ class SequenceModel(MultiTaskModel):
 
 
 class SequenceCritic(CriticNeg):
-    """A `CriticNeg` behind an encoder of the session. Its mean and std normalize the current numbers; the context,
-    whose part of them stays 0 and 1, is made of numbers as they are."""
+    """A `CriticNeg` behind an encoder of the session."""
 
     def __init__(self, encoder: str, window: int, categorical_field_dims: Sequence[int], numerical_num: int,
                  embed_dim: int, bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int],

@@ -93,8 +93,9 @@ class Arguments(Settings):
     feature_map_rate: float = option(
         0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; others share an id",
         low=0, high=1)
-    numerical: str = option("session", "numeric features: the session so far, or none (the published single zero)",
-                            choices=["session", "none"])
+    numerical: str = option("rates", "numerical features: rates, the session so far and counts and rates so far of the "
+                            "values of fields; session, without the latter; none, the published single zero",
+                            choices=["rates", "session", "none"])
     pretrain_path: str = option("pretrain", "the folder of baselines")
     save_dir: str = option("chkpt", "where runs write")
 

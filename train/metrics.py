@@ -1,4 +1,4 @@
-"""Metrics: AUC, logloss and session logloss; warnings of label leakage."""
+"""Metrics: AUC, logloss, session logloss and group AUC; warnings of label leakage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from sklearn.metrics import roc_auc_score
 
 from common.csv_reader import cell_location, read_table
 from common.errors import UserError, truncate
-from dataset.features import NUMERICAL_FEATURES
 from dataset.rtrl import RetailRocketRLDataset
 from dataset.sessions import SessionIndex
 
@@ -26,21 +25,45 @@ class Metrics(NamedTuple):
     auc: float  # nan where the split has one class only
     logloss: float
     session_logloss: float  # s-Logloss: mean over sessions of the mean logloss inside the session
+    session_gauc: float  # s-GAUC: `group_auc` of the sessions
+    user_gauc: float  # u-GAUC: of the users
 
 
 def compute_metrics(predictions: Sequence[NDArray[np.floating[Any]]], labels: NDArray[np.float32],
-                    session: NDArray[np.int64]) -> list[Metrics]:
-    """The metrics of each task: its predictions (n,) against its column of the labels (n, T); `measure`."""
-    return [task_metrics(values, labels[:, task], session) for task, values in enumerate(predictions)]
+                    session: NDArray[np.int64], user: NDArray[np.int64]) -> list[Metrics]:
+    """The metrics of each task: its predictions (n,) against its column of the labels (n, T); `task_metrics`."""
+    return [task_metrics(values, labels[:, task], session, user) for task, values in enumerate(predictions)]
 
 
 def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
-                 session: NDArray[np.int64]) -> Metrics:
-    """Compare one task's predictions (n,) with labels (n,); rows of a session are neighbours."""
+                 session: NDArray[np.int64], user: NDArray[np.int64]) -> Metrics:
+    """Compare one task's predictions (n,) with labels (n,) of sessions (n,), whose rows are neighbours, and users (n,).
+    """
     p = np.clip(predictions.astype(np.float64), PROB_EPS, 1 - PROB_EPS)
     losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
     auc = roc_auc_score(labels, predictions) if 0 < labels.sum() < len(labels) else float("nan")
-    return Metrics(float(auc), float(losses.mean()), float(SessionIndex(session).mean(losses).mean()))
+    session_gauc = group_auc(predictions, labels, session)
+    return Metrics(float(auc), float(losses.mean()), float(SessionIndex(session).mean(losses).mean()), session_gauc,
+                   session_gauc if user is session else group_auc(predictions, labels, user))
+
+
+def group_auc(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], group: NDArray[np.int64]) -> float:
+    """Group AUC (Zhou et al., KDD 2018): sum_g n_g AUC_g / sum_g n_g over the groups that have both classes; (n,) each.
+
+    n_g is the number of rows of group g, AUC_g the fraction of its pairs of a positive and a negative row in which the
+    positive one has the higher prediction; a tie counts 1/2. nan where no group has both classes.
+    """
+    order = np.lexsort((predictions, group))
+    p, g, y = predictions[order], group[order], labels[order] > 0
+    groups = SessionIndex(g)
+    ties = SessionIndex(np.cumsum(np.append(True, (g[1:] != g[:-1]) | (p[1:] != p[:-1]))))
+    negatives = np.append(0, np.cumsum(~y))  # (n + 1,) those before each row
+    below = np.repeat((negatives[ties.starts] + negatives[ties.ends + 1]) / 2, ties.lengths)
+    won = np.add.reduceat(np.where(y, below - negatives[groups.row_start], 0), groups.starts)
+    positive = np.add.reduceat(y.astype(np.int64), groups.starts)
+    pairs = positive * (groups.lengths - positive)
+    mixed = pairs > 0
+    return float(np.average(won[mixed] / pairs[mixed], weights=groups.lengths[mixed])) if mixed.any() else float("nan")
 
 
 LEAKAGE_AUC = 0.99  # an AUC that clicks and purchases never have
@@ -50,14 +73,12 @@ LEAKAGE_SAMPLE = 100_000  # rows of a split, evenly spread, in which single feat
 def feature_leakage_warnings(split: RetailRocketRLDataset, split_name: str, task_names: Iterable[str]) -> list[str]:
     """A warning for each numerical feature that alone predicts a label of a split."""
     step = -(-len(split) // LEAKAGE_SAMPLE)
-    names = (NUMERICAL_FEATURES if split.numerical_num == len(NUMERICAL_FEATURES)
-             else [str(number) for number in range(split.numerical_num)])
     found = []
     for task, task_name in enumerate(task_names):
         label = split.labels[::step, task]
         if not 0 < label.sum() < len(label):
             continue
-        for number, name in enumerate(names):
+        for number, name in enumerate(split.numerical_names):
             auc = float(roc_auc_score(label, split.numerical[::step, number]))
             if max(auc, 1 - auc) > LEAKAGE_AUC:
                 found.append(f"warning: {task_name}: the feature '{name}' alone has AUC {auc:.4f} on the {split_name} "
@@ -94,10 +115,11 @@ def read_test_metrics(path: Path, task_names: Sequence[str]) -> list[Metrics]:
 
 def _is_valid_metric(cell: str, metric: str) -> bool:
     """Whether a cell is an AUC from 0 to 1, or a logloss from 0 to that of a prediction as wrong as can be."""
-    if metric == "auc" and cell == "nan":  # all labels of the split are the same
+    is_auc = metric.endswith("auc")
+    if is_auc and cell == "nan":  # all labels of the split, or of each group, are the same
         return True
     try:
         value = float(cell) if cell.isascii() and "_" not in cell else -1.0
     except ValueError:
         return False
-    return 0 <= value <= (1.0 if metric == "auc" else -math.log(PROB_EPS) + 1e-3)
+    return 0 <= value <= (1.0 if is_auc else -math.log(PROB_EPS) + 1e-3)

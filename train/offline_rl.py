@@ -28,7 +28,7 @@ from common.fileio import exclusive_lock
 from common.finite import first_nonfinite_tensor
 from common.run_dir import RunDirectory
 from dataset.sessions import SessionIndex
-from env import MTEnv, compute_reward, describe, to_action_space
+from env import MTEnv, SessionTable, compute_reward, describe, to_action_space
 from layers.critic import zero_fraction
 from train.metrics import task_metrics
 from train.plots import plot_panels
@@ -389,9 +389,12 @@ def test(environment: gym.Env[Any, Any], agent: DDPG_ESMM, save_dir: str | Path)
     finally:
         for name, network in agent.networks().items():
             network.load_state_dict(own[name])
+    sessions, user = getattr(environment.unwrapped, "sessions", None), played.session
+    if isinstance(sessions, SessionTable):
+        user = sessions.user[sessions.index.starts[played.session]]
     metrics: dict[str, float] = {"score": played.score}
     for task in range(agent.task_num):
-        of_task = task_metrics(played.action[:, task], played.label[:, task], played.session)
+        of_task = task_metrics(played.action[:, task], played.label[:, task], played.session, user)
         metrics |= {f"{name}_{task}": value for name, value in of_task._asdict().items()}
         print(f"test: actor, task {task}, AUC {of_task.auc}, Log-loss {of_task.logloss}")
     print(f"test: score {metrics['score']:.4f}, the mean return of a session")

@@ -227,10 +227,11 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
             if control:
                 rows[f"control: {method}"] = control
     rows |= {f"this run: {settings.polish_method}": polished, "  its last epoch": last}
-    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}"
-                                             for name in task_names)]
+    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}"
+                                             f"{'u-GAUC':>8}" for name in task_names)]
     lines += [f"{title:<22}" + "".join(f"{task.auc:>12.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}"
-                                       for task in metrics) for title, metrics in rows.items()]
+                                       f"{task.session_gauc:>8.4f}{task.user_gauc:>8.4f}" for task in metrics)
+              for title, metrics in rows.items()]
     if "control: constant" not in rows and settings.polish_method != "constant":
         lines.append("no control run found: a gain over the baseline may be due to the additional training; run the "
                      "same command with --polish_method=constant")

@@ -27,7 +27,7 @@ __all__ = ["get_dataset", "get_model", "load_model", "one_iter_offline", "plot_l
            "test", "train_and_test_offline"]
 
 
-def get_dataset(name: str, path: str | Path, numerical: str = "session") -> Splits:
+def get_dataset(name: str, path: str | Path, numerical: str = "rates") -> Splits:
     """Read the MDP tables of a data set; where `rt` is absent it is simulated first.
 
     path: the folder above that of the data set, which has its `name`; or that folder itself, or its train.csv.

@@ -188,11 +188,13 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
 
 def evaluate(model: nn.Module, data_loader: Iterable[Any], task_num: int, device: torch.device | str,
              leave: bool = False) -> list[Metrics]:
-    """AUC, logloss and s-Logloss of each task. A `TensorLoader` has the sessions; in any other loader each row is a
-    session of its own."""
+    """The metrics of each task. A `TensorLoader` has the sessions and users; in any other loader each row is a session
+    of its own, so that GAUC is nan."""
     predictions, labels = _predict(model, data_loader, task_num, device, leave)
-    session = data_loader.session if isinstance(data_loader, TensorLoader) else np.arange(len(labels))
-    return compute_metrics(list(predictions.T), labels, session)
+    session = user = np.arange(len(labels))
+    if isinstance(data_loader, TensorLoader):
+        session, user = data_loader.session, data_loader.user
+    return compute_metrics(list(predictions.T), labels, session, user)
 
 
 def evaluation_loader(model: nn.Module, split: RetailRocketRLDataset, device: torch.device | str,

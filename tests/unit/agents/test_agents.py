@@ -404,16 +404,18 @@ def test_normalization_is_saved_with_the_critic(tmp_path: Path) -> None:
     np.testing.assert_array_equal(agent.memory.storage, memory)
     for name, network in agent.networks().items():
         changed = {key for key, value in network.state_dict().items() if not torch.equal(value, before[name][key])}
-        assert changed == ({"mean", "std"} if name.startswith("critic") else set())
+        fitted = {f"input.standardizer.{statistic}" for statistic in ("mean", "std")}
+        assert changed == (fitted if name.startswith("critic") else set())
     numbers = agent.memory.data["state"][:60, 2:]
-    np.testing.assert_allclose(agent.critic1.mean, numbers.mean(axis=0), rtol=1e-5)
-    np.testing.assert_allclose(agent.critic1.std, numbers.std(axis=0, ddof=1), rtol=1e-3)
+    np.testing.assert_allclose(agent.critic1.input.standardizer.mean, numbers.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(agent.critic1.input.standardizer.std, numbers.std(axis=0, ddof=1), rtol=1e-3)
 
     save_model(tmp_path / "critic1.pth", agent.critic1, {})
     read = CriticNeg([3, 4], 2, 8, (16, 8), (8, 4))
     read.load_state_dict(torch.load(tmp_path / "critic1.pth", weights_only=True)["weights"])
     plain = CriticNeg([3, 4], 2, 8, (16, 8), (8, 4))
-    plain.load_state_dict({**read.state_dict(), "mean": torch.zeros(2), "std": torch.ones(2)})
+    plain.load_state_dict({**read.state_dict(), "input.standardizer.mean": torch.zeros(2),
+                           "input.standardizer.std": torch.ones(2)})
     ids, n, action = batch["categorical_x"], batch["numerical_x"], batch["action"][:, :1]
     q = agent.critic1.eval().pre_activation(ids, n, action)
     torch.testing.assert_close(read.eval().pre_activation(ids, n, action), q)

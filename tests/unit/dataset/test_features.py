@@ -16,6 +16,7 @@ from dataset.features import (
     NUMERICAL_FEATURES,
     Floats,
     features_version,
+    running_rates,
     session_features,
     user_history_features,
 )
@@ -174,3 +175,35 @@ def test_published_features_do_not_depend_on_the_future(before: list[Any], after
     click = data.draw(st.integers(0, 1))
     altered.loc[i, LABELS] = [click, click * data.draw(st.integers(0, 1))]
     np.testing.assert_array_equal(features(table)[i], features(altered)[i])
+
+
+def log_odds(rate: float) -> float:
+    return float(np.log(rate / (1 - rate)))
+
+
+def test_running_rates_by_hand() -> None:
+    """A click counts from its time on, in all later rows of the value, whatever their session."""
+    table = pd.DataFrame({"timestamp": [0, 10, 20, 30], "click": [1, 0, 1, 0],
+                          "click_time": [12.0, np.nan, 20.0, np.nan]})
+    expected = []
+    for shown, clicks, all_shown, all_clicks in ((0, 0, 0, 0), (1, 0, 1, 0), (0, 0, 2, 1), (2, 1, 3, 2)):
+        prior = (all_clicks + 0.5) / (all_shown + 1)
+        expected.append([np.log1p(shown), log_odds((clicks + 20 * prior) / (shown + 20))])
+    got = running_rates(table, {"song": np.array([4, 4, -1, 4])}, ["click"])
+    np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@given(st.data())
+def test_running_rates_ignore_the_present_and_future(data: st.DataObject) -> None:
+    """Rows that are not earlier may have any outcome; so may earlier rows whose outcome is not known yet."""
+    count = data.draw(st.integers(2, 12))
+    numbers = st.lists(st.integers(0, 8), min_size=count, max_size=count)
+    time, delay, click, value = (np.array(data.draw(numbers)) for _ in range(4))
+    row = data.draw(st.integers(0, count - 1))
+    table = pd.DataFrame({"timestamp": time, "click": (click > 4).astype(float)})
+    table["click_time"] = (time + delay).astype(float)
+    changed = table.copy()
+    unknown = table["click_time"] >= time[row]
+    changed.loc[unknown, "click"] = 1 - changed.loc[unknown, "click"]
+    first, second = (running_rates(one, {"value": value % 3}, ["click"]).iloc[row] for one in (table, changed))
+    np.testing.assert_array_equal(first, second)

@@ -16,7 +16,7 @@ from conftest import REPOSITORY, run_in_process, user_error_message
 
 from common.fileio import sha256
 from dataset.features import NUMERICAL_FEATURES
-from dataset.kuairand import USER_FIELDS, VIDEO_FIELDS
+from dataset.kuairand import RATES, USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
 from dataset.rtrl import load_splits
 from dataset.tables import SPLITS
@@ -98,7 +98,7 @@ def by_row(folder: Path) -> pd.DataFrame:
         table = pd.read_csv(folder / f"{name}.csv")
         index = pd.MultiIndex.from_arrays([split.session, split.timestamp])
         order = index.get_indexer(pd.MultiIndex.from_frame(table[["sessionid", "timestamp"]]))
-        parts.append(table.assign(**dict(zip(NUMERICAL_FEATURES, split.numerical[order].T, strict=True))))
+        parts.append(table.assign(**dict(zip(split.numerical_names, split.numerical[order].T, strict=True))))
     return pd.concat(parts, ignore_index=True).sort_values("timestamp", kind="stable", ignore_index=True)
 
 
@@ -140,6 +140,10 @@ def test_features_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Pat
     after = by_row(tmp_path / "kr")
     same = (before["timestamp"] <= moment).to_numpy()
     np.testing.assert_array_equal(before.loc[same, list(NUMERICAL_FEATURES)], after.loc[same, list(NUMERICAL_FEATURES)])
+    if "itemid" in change:  # the rates are of the row's own item
+        same = (before["timestamp"] < moment).to_numpy()
+    rates = [f"{field} {what}" for field in RATES for what in ("count", "click rate", "long_view rate")]
+    np.testing.assert_array_equal(before.loc[same, rates], after.loc[same, rates])
     if "click" in change:
         assert (before.loc[~same, "click_rate"] > after.loc[~same, "click_rate"]).any()
 
@@ -189,6 +193,9 @@ def test_session_gap_and_minimum_session_length(tmp_path: Path) -> None:
         gaps = split.groupby("sessionid")["timestamp"].diff().dropna()
         assert gaps.max() <= 5 * 60_000
         assert split.groupby("sessionid").size().min() == 2
+    train = load_splits(tmp_path / "kr").train
+    assert train.user.tolist() == train.keys["userid"].tolist()
+    assert len(set(train.user)) < len(set(train.session)), "a user has several sessions"
 
 
 @pytest.mark.parametrize(("name", "shown"), [("log_standard", "log_standard_*.csv"), ("user_features", "user_features"),

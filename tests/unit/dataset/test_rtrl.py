@@ -77,6 +77,11 @@ def test_ground_truth_equals_truth_csv(splits: Splits, rt_tables: Path) -> None:
         np.testing.assert_array_equal(split.oracle_probabilities, truth.loc[rows, ["p_click", "p_pay"]])
 
 
+def test_session_is_user_without_history_key(splits: Splits) -> None:
+    assert splits.manifest["history"] == ""
+    assert splits.test.user is splits.test.session
+
+
 def test_ids_require_a_mapping(rt_tables: Path) -> None:
     train = load_splits(rt_tables).train
     assert "Catemapper(0.2).fit(train).map(dataset)" in user_error_message(lambda: train.categorical)

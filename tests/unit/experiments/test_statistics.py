@@ -15,8 +15,8 @@ from scipy import stats
 
 from common.csv_reader import write_csv
 from experiments.__main__ import cli
-from experiments.report import headline, write_report
-from experiments.statistics import Results, holm, paired_t_test, read_results
+from experiments.report import headline, main_table, write_report
+from experiments.statistics import Results, holm, paired_t_test, read_results, write_results
 
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs" / "results"
@@ -68,7 +68,8 @@ def make_rows(gain: float, noise: float) -> list[Row]:
                    "epochs": "1", "seconds": "1.0", "command": "c", "fingerprint": "f", "machine": "m"}
             for task in ("CTR", "CTCVR"):
                 row |= {f"auc_{task}": str(baseline + better + noise * rng.standard_normal()),
-                        f"logloss_{task}": "0.5", f"session_logloss_{task}": "0.5", f"curve_auc_{task}": "0.70 0.71",
+                        f"logloss_{task}": "0.5", f"session_logloss_{task}": "0.5",
+                        f"session_gauc_{task}": "0.625", f"user_gauc_{task}": "0.6", f"curve_auc_{task}": "0.70 0.71",
                         f"deciles_weight_{task}": "1 2 3" if weighted else "",
                         f"deciles_loss_{task}": "0.2 0.3 0.4" if weighted else "",
                         **{f"weight_{name}_{task}": "0.9" if weighted else "" for name in ("q05", "q50", "q95", "ess")}}
@@ -99,6 +100,47 @@ def test_report_contains_differences_and_plots(tmp_path: Path) -> None:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
+def test_rows_without_gauc_remain_reportable(tmp_path: Path) -> None:
+    """Those of an earlier version: alone the report leaves the columns out; among others their cells are empty."""
+    rows = make_rows(0.003, 0.0003)
+    assert "| 0.6250 ± 0.0000 | 0.6000 ± 0.0000 |" in main_table(Results.by_dataset(rows)["made"])
+    old = [{name: value for name, value in row.items() if "gauc" not in name} for row in rows]
+    assert "GAUC" not in main_table(Results.by_dataset(old)["made"])
+    mixed = [one if one["condition"] == "RMTL" else other for one, other in zip(rows, old, strict=True)]
+    write_results(tmp_path / "results.csv", mixed)
+    table = main_table(Results.by_dataset(read_results(tmp_path / "results.csv"))["made"])
+    assert [line.count(" 0.6250 ± 0.0000 ") for line in table.splitlines()[2:]] == [0, 0, 0, 2]
+    assert [line.count(" - ") for line in table.splitlines()[2:]] == [4, 4, 4, 0]
+
+
+def test_boosting_is_beside_every_model(tmp_path: Path) -> None:
+    """One row of metrics, and the differences of each model's baseline, in a table and correction of their own."""
+    rows = make_rows(0.003, 0.0003)
+    baselines = [row for row in rows if row["condition"] == "baseline"]
+    boosted = [{**row, "model": "scikit-learn", "condition": "boosting",
+                **{f"auc_{task}": str(float(row[f"auc_{task}"]) + 0.01) for task in ("CTR", "CTCVR")}}
+               for row in baselines]
+    write_report(rows, tmp_path / "without", "c")
+    write_report([*rows, *boosted], tmp_path / "with", "c")
+    without, text = ((tmp_path / name / "report.md").read_text() for name in ("without", "with"))
+    assert "boosting" not in without
+    assert len([line for line in text.splitlines() if line.startswith("| scikit-learn | boosting |")]) == 1
+    assert ("| esmm | baseline | boosting | -10.00 (-10.00 to -10.00) | 0.000 | 0.000 | "
+            "-10.00 (-10.00 to -10.00) | 0.000 | 0.000 |") in text
+    assert set(without.splitlines()) - set(text.splitlines()) == {
+        line for line in without.splitlines() if line.startswith("from 25 runs")}
+
+
+def test_controls_have_a_table(tmp_path: Path) -> None:
+    rows = make_rows(0.003, 0.0003)
+    averages = [{**row, "table": "controls", "condition": "average", "control": "constant"}
+                for row in rows if row["condition"] == "constant"]
+    write_report([*rows, *averages], tmp_path, "c")
+    section = (tmp_path / "report.md").read_text().split("### Controls without critics\n")[1].split("###")[0]
+    (line,) = [line for line in section.splitlines() if line.startswith("| esmm | average | constant |")]
+    assert line.count("+0.00 (+0.00 to +0.00) | 1.000 | 1.000") == 2
+
+
 @pytest.mark.parametrize("count", [1, 3])
 def test_report_of_incomplete_results(tmp_path: Path, count: int) -> None:
     write_report(make_rows(0.003, 0.0003)[:count], tmp_path, "python3 -m experiments")
@@ -111,7 +153,7 @@ def test_published_report_matches_published_results(folder: Path, tmp_path: Path
     (command,) = re.findall(r"^    (python3 -m experiments .*)$", published, re.MULTILINE)
     write_report(read_results(folder / "results.csv"), tmp_path, command)
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == published
-    assert {path.name for path in folder.glob("*.png")} == {path.name for path in tmp_path.glob("*.png")}
+    assert {path.name for path in tmp_path.glob("*.png")} <= {path.name for path in folder.glob("*.png")}
 
 
 def test_report_only_writes_the_report_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from layers import Critic, CriticNeg, EmbeddingLayer, Experts, FeatureEmbedding, Gate, MultiLayerPerceptron
+from layers import Critic, CriticNeg, EmbeddingLayer, Experts, FeatureEmbedding, Gate, MultiLayerPerceptron, standardize
 from layers.critic import NegReLU, zero_fraction
-from layers.layers import gated_sums, linear
+from layers.layers import Standardizer, gated_sums, linear
 from layers.ops import relu_dropout
 
 FEW = [3, 5, 2]  # fewer ids in the tables than in the batch
@@ -235,14 +235,19 @@ def test_critic_equals_one_network_on_concatenation(field_dims: list[int], botto
     assert critic(ids, numbers, action).shape == (ROWS,)
 
 
-def test_critic_normalizes_with_its_buffers() -> None:
+def test_a_critic_reads_standardized_numbers() -> None:
     critic = Critic(FEW, NUMBERS, 4, (8,), (5,), dropout=0.0).eval()
     ids, numbers = batch(FEW)
     action = torch.rand(ROWS, 1)
-    before = critic(ids, numbers, action)
-    critic.mean.fill_(3.0)
-    critic.std.fill_(0.5)
-    assert_close(critic(ids, 3 + 0.5 * numbers, action), before)
+    before = critic(ids, (numbers - numbers.mean(dim=0)) / (numbers.std(dim=0) + 1e-3), action)
+    standardize(critic, numbers)
+    assert_close(critic(ids, numbers, action), before)
+
+
+def test_constant_numbers_are_only_shifted() -> None:
+    standardizer = Standardizer(3)
+    standardizer.fit(torch.tensor([[5.0, 1.0], [5.0, 3.0]]))
+    assert_close(standardizer(torch.tensor([6.0, 2.0, 7.0])), torch.tensor([1.0, 0.0, 7.0]))
 
 
 def test_a_critic_listens_to_the_action() -> None:

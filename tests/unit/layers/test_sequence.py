@@ -284,9 +284,10 @@ def test_agent_with_encoder_stores_windows_and_learns(tmp_path: Path, encoder: s
 
     agent.fit_normalizer_and_cache()
     for critic, _, _ in agent.critics():
-        np.testing.assert_allclose(critic.mean[:NUMBERS], dataset.numerical.mean(axis=0), atol=1e-5)
-        assert not critic.mean[NUMBERS:].any()
-        assert (critic.std[NUMBERS:] == 1).all()
+        current = critic.input.standardizer
+        np.testing.assert_allclose(current.mean[:NUMBERS], dataset.numerical.mean(axis=0), atol=1e-5)
+        assert not current.mean[NUMBERS:].any()
+        assert (current.std[NUMBERS:] == 1).all()
     before = {name: one.clone() for name, one in agent.critic1.named_parameters()}
     losses = agent.update()
     assert all(bool(one.isfinite()) for one in losses)

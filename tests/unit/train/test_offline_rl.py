@@ -7,20 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from conftest import user_error_message
 from factories import REWARDS, handmade, make_agent, same, uniform, weights
 from numpy.typing import NDArray
+from torch.utils.data import DataLoader
 
 from agents import DDPG_ESMM, DDPG_ESMM_BC
 from common.run_dir import RunDirectory
+from dataset.loader import TensorLoader
 from dataset.rtrl import RetailRocketRLDataset, load_splits
 from dataset.sessions import SessionIndex
 from dataset.vocabulary import encode_splits
 from env import MTEnv, RewardType, compute_reward
 from train import offline_rl as offline
+from train.metrics import group_auc
 from train.offline_rl import (
     collect_transitions,
     discounted_returns,
@@ -31,7 +35,10 @@ from train.offline_rl import (
     train_and_test_offline,
 )
 from train.offline_rl import test as play_test_sessions
-from train.utils import ConvergeStopper
+from train.supervised import evaluate, slpred
+from train.utils import ActionNormalizer, ConvergeStopper
+
+AnyEnv = gym.Env[Any, Any]
 
 
 @pytest.fixture(scope="module")
@@ -317,6 +324,26 @@ def test_test_loads_the_saved_agent(tmp_path: Path, data: Data, capsys: pytest.C
         line = f"task {task}, AUC {figures[f'auc_{task}']}, Log-loss {figures[f'logloss_{task}']}"
         assert line in said
         assert figures[f"auc_{task}"] != 0.5, "the zeroed actor would reach that"
+
+
+@pytest.mark.parametrize("wrap", [MTEnv, lambda dataset: ActionNormalizer(MTEnv(dataset, is_test=True))])
+def test_gauc_of_sessions_and_users(tmp_path: Path, wrap: Callable[[RetailRocketRLDataset], AnyEnv]) -> None:
+    """Of a model's evaluation and of the actor's test; a user has two of the sessions."""
+    labels = np.random.default_rng(1).integers(0, 2, (60, 2))
+    dataset = handmade([4, 1, 7, 3] * 4, labels.tolist())
+    dataset.keys["userid"], dataset.history_key = dataset.session // 10 % 8, "userid"
+    agent = make_agent(tmp_path, dataset)
+    agent.save_or_load_agent(tmp_path, True)
+    figures = play_test_sessions(wrap(dataset), agent, tmp_path)
+    predictions = np.column_stack(slpred(agent.actor, TensorLoader(dataset, 9), 2, "cpu"))
+    for task, metrics in enumerate(evaluate(agent.actor, TensorLoader(dataset, 9), 2, "cpu")):
+        expected = [group_auc(predictions[:, task], dataset.labels[:, task], group)
+                    for group in (dataset.session, dataset.keys["userid"])]
+        assert [metrics.session_gauc, metrics.user_gauc] == expected
+        assert [figures[f"{name}_gauc_{task}"] for name in ("session", "user")] == pytest.approx(expected)
+        assert expected[0] != expected[1]
+    plain = evaluate(agent.actor, DataLoader(dataset, 9), 2, "cpu")
+    assert np.isnan([(one.session_gauc, one.user_gauc) for one in plain]).all(), "each row is a session of its own"
 
 
 def test_untrained_agents_are_refused(tmp_path: Path, data: Data) -> None:

@@ -288,7 +288,7 @@ def test_comparison_table_has_baseline_control_and_run(shop: Path, capsys: pytes
     assert list(rows) == ["baseline", "control: constant", "this run: full"]
     assert "no control run found" not in said
     for title, tasks in (("control: constant", control), ("this run: full", metrics)):
-        expected = [figure for one in tasks for figure in (one.auc, one.logloss, one.session_logloss)]
+        expected = [figure for one in tasks for figure in one]
         assert rows[title] == pytest.approx(expected, abs=5.1e-5)
     baseline = SLmain.main(**TINY, model_name="esmm")
     assert rows["baseline"] == pytest.approx([figure for one in baseline for figure in one], abs=5.1e-5)
@@ -342,6 +342,7 @@ def test_loss_by_weight_decile_is_sorted(shop: Path) -> None:
 
 @pytest.mark.parametrize(("file", "old", "new", "told"), [
     ("metrics.csv", "\ntest,", "\ntest,,", "line 4"), ("metrics.csv", "auc_CTR", "auc", "column 'auc_CTR' is missing"),
+    ("metrics.csv", "session_gauc_CTR", "of an earlier version", "column 'session_gauc_CTR' is missing"),
     ("metrics.csv", "\ntest,", "\ntest,\x00", "NUL"), ("config.json", '"start"', '"Start"', "'start' is missing"),
     ("config.json", "{", "[", "not valid JSON")])
 def test_control_with_corrupt_files_is_skipped(shop: Path, capsys: pytest.CaptureFixture[str], file: str, old: str,
@@ -363,10 +364,11 @@ def test_out_of_range_metric_is_refused(tmp_path: Path, cell: str) -> None:
     path, names = tmp_path / "metrics.csv", ["CTR", "CTCVR"]
     metrics = {f"{metric}_{task}": 0.5 for task in names for metric in Metrics._fields}
     write_csv(path, [{"split": "val"}, {"split": "test", **metrics}])
-    assert read_test_metrics(path, names) == [Metrics(0.5, 0.5, 0.5)] * 2
-    write_csv(path, [{"split": "val"}, {"split": "test", **metrics, "auc_CTCVR": cell}])
-    text = user_error_message(lambda: read_test_metrics(path, names))
-    assert text.startswith(f"{path}, line 3, column 'auc_CTCVR': ")
+    assert read_test_metrics(path, names) == [Metrics(0.5, 0.5, 0.5, 0.5, 0.5)] * 2
+    for column in ("auc_CTCVR", "user_gauc_CTR"):
+        write_csv(path, [{"split": "val"}, {"split": "test", **metrics, column: cell}])
+        text = user_error_message(lambda: read_test_metrics(path, names))
+        assert text.startswith(f"{path}, line 3, column '{column}': ")
     write_csv(path, [{"split": "test", **metrics}, {"split": "test", **metrics}])
     assert "line 3, column 'split'" in user_error_message(lambda: read_test_metrics(path, names))
 

@@ -25,7 +25,7 @@ from dataset.vocabulary import Catemapper, encode_splits
 from layers import ESMM
 from slmodels.model_file import save_model
 from train.Arguments import SLArguments, parse
-from train.metrics import Metrics, task_metrics
+from train.metrics import Metrics, group_auc, task_metrics
 from train.supervised import validation_score
 from train.utils import EarlyStopper
 
@@ -200,9 +200,9 @@ def test_a_stopper_goes_on_from_its_state() -> None:
 
 def test_validation_score_is_the_mean_finite_auc() -> None:
     nan = float("nan")
-    assert validation_score([Metrics(0.7, 9, 9), Metrics(0.8, 9, 9)]) == pytest.approx(0.75)
-    assert validation_score([Metrics(0.7, 9, 9), Metrics(nan, 9, 9)]) == 0.7
-    assert validation_score([Metrics(nan, 0.2, 9), Metrics(nan, 0.4, 9)]) == pytest.approx(-0.3)
+    assert validation_score([Metrics(0.7, 9, 9, 9, 9), Metrics(0.8, 9, 9, 9, 9)]) == pytest.approx(0.75)
+    assert validation_score([Metrics(0.7, 9, 9, 9, 9), Metrics(nan, 9, 9, 9, 9)]) == 0.7
+    assert validation_score([Metrics(nan, 0.2, 9, 9, 9), Metrics(nan, 0.4, 9, 9, 9)]) == pytest.approx(-0.3)
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -211,10 +211,12 @@ def test_validation_score_is_the_mean_finite_auc() -> None:
 @given(rows=st.lists(st.tuples(st.floats(1e-6, 1 - 1e-6), st.integers(0, 1)), min_size=2, max_size=50))
 def test_auc_and_logloss_are_those_of_scikit_learn(rows: list[tuple[float, int]]) -> None:
     p, y = np.array([row[0] for row in rows]), np.array([row[1] for row in rows], np.float32)
-    got = task_metrics(p, y, np.zeros(len(rows), np.int64))
+    got = task_metrics(p, y, np.zeros(len(rows), np.int64), np.arange(len(rows)))
     assert got.logloss == pytest.approx(log_loss(y, p, labels=[0, 1]), rel=1e-9)
     if 0 < y.sum() < len(y):
         assert got.auc == pytest.approx(roc_auc_score(y, p))
+        assert got.session_gauc == pytest.approx(got.auc), "all rows are one session"
+        assert np.isnan(got.user_gauc), "every row is a user of its own"
     else:
         assert np.isnan(got.auc)
 
@@ -223,22 +225,48 @@ def test_session_logloss_is_mean_over_sessions() -> None:
     """Three sessions of 1, 2 and 3 rows; the losses are logs of 2, 4, 4, 8, 8, 8."""
     p = np.array([1 / 2, 1 / 4, 3 / 4, 7 / 8, 1 / 8, 7 / 8])
     y = np.array([1, 1, 0, 0, 1, 0], np.float32)
-    got = task_metrics(p, y, np.array([7, 3, 3, 9, 9, 9]))
+    session = np.array([7, 3, 3, 9, 9, 9])
+    got = task_metrics(p, y, session, session)
     assert got.session_logloss == pytest.approx(np.log(2) * (1 + 2 + 3) / 3)
     assert got.logloss == pytest.approx(np.log(2) * (1 + 2 + 2 + 3 + 3 + 3) / 6)
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_auc_of_one_class_is_nan(label: float) -> None:
-    got = task_metrics(np.array([0.2, 0.7]), np.full(2, label, np.float32), np.array([1, 2]))
-    assert np.isnan(got.auc)
+    got = task_metrics(np.array([0.2, 0.7]), np.full(2, label, np.float32), np.array([1, 2]), np.array([1, 1]))
+    assert np.isnan([got.auc, got.session_gauc, got.user_gauc]).all()
     assert np.isfinite([got.logloss, got.session_logloss]).all()
 
 
 def test_logloss_of_0_and_1_is_finite() -> None:
-    got = task_metrics(np.array([0.0, 1.0], np.float32), np.array([1, 0], np.float32), np.array([1, 1]))
+    session = np.array([1, 1])
+    got = task_metrics(np.array([0.0, 1.0], np.float32), np.array([1, 0], np.float32), session, session)
     assert 10 < got.logloss < 20
-    assert got.auc == 0
+    assert got.auc == got.session_gauc == 0
+
+
+def test_group_auc_by_hand() -> None:
+    """Group 5: pairs (0.9, 0.1) right and (0.9, 0.9) a tie, 3 rows of AUC 3/4. Group 2: one pair, wrong, 2 rows of AUC
+    0. Group 8 has one class: left out. (3 x 3/4 + 2 x 0) / 5."""
+    group = np.array([5, 2, 8, 5, 8, 2, 5])
+    labels = np.array([1, 1, 1, 0, 1, 0, 0], np.float32)
+    predictions = np.array([0.9, 0.3, 0.2, 0.9, 0.4, 0.5, 0.1])
+    assert group_auc(predictions, labels, group) == pytest.approx(3 * 0.75 / 5)
+    assert group_auc(np.full(7, 0.5), labels, group) == 0.5
+    assert group_auc(labels, labels, group) == 1
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1), st.integers(-3, 3)), min_size=1, max_size=60))
+def test_group_auc_is_a_loop_over_scikit_learn(rows: list[tuple[int, int, int]]) -> None:
+    """Few predictions, so that ties are common; also in another order of the rows."""
+    p, y, group = np.array([row[0] / 4 for row in rows]), np.float32([row[1] for row in rows]), np.array(
+        [row[2] for row in rows])
+    members = [group == one for one in np.unique(group) if np.ptp(y[group == one])]
+    expected = (np.average([roc_auc_score(y[at], p[at]) for at in members], weights=[at.sum() for at in members])
+                if members else np.nan)
+    order = np.random.default_rng(0).permutation(len(p))
+    assert group_auc(p, y, group) == pytest.approx(expected, nan_ok=True)
+    assert group_auc(p[order], y[order], group[order]) == pytest.approx(expected, nan_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------- optimiser, seeds
