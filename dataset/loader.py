@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dataset.rtrl import RetailRocketRLDataset
@@ -39,6 +40,11 @@ class TensorLoader:
         self.session, self.user = dataset.session, dataset.user
         self.batch_size, self.seed, self.epoch, self.window = batch_size, seed, 0, window
         self.row_start = torch.from_numpy(dataset.sessions.row_start).to(device)  # (n,)
+
+    def add_labels(self, columns: NDArray[np.float32]) -> None:
+        """Join further columns (n, K), such as targets or weights, to the labels of the batches."""
+        ids, numbers, labels = self.tensors
+        self.tensors = ids, numbers, torch.cat([labels, torch.from_numpy(columns).to(labels.device)], dim=1)
 
     def __len__(self) -> int:
         return -(-len(self.session) // self.batch_size)

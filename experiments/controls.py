@@ -161,8 +161,7 @@ def fine_tune(settings: ControlArguments, splits: Splits, catemapper: Catemapper
     after_epoch: Callable[[], None] | None = None
     if settings.control == "auxiliary":
         targets = later_outcomes(splits.train.labels[:, : settings.task_num], splits.train.sessions)
-        ids, numbers, labels = training.train_loader.tensors
-        training.train_loader.tensors = ids, numbers, torch.cat([labels, torch.from_numpy(targets).to(device)], dim=1)
+        training.train_loader.add_labels(targets)
         control = Auxiliary(model, settings.auxiliary_weight, torch.from_numpy(targets.mean(axis=0))).to(device)
         training.optimizer.add_param_group({"params": control.heads.parameters(), "lr": settings.learning_rate})
     else:

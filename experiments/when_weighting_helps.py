@@ -175,8 +175,7 @@ def run_case(case: str, seed: int, settings: WeightingArguments, folder: Path) -
     oracles = oracle_weights(case, splits.train, config)
     loader = TensorLoader(splits.train, BATCH_SIZE, seed=seed)
     given = np.column_stack([weights / weights.mean() for weights in oracles.values()]).astype(np.float32)
-    ids, numbers, labels = loader.tensors
-    loader.tensors = ids, numbers, torch.cat([labels, torch.from_numpy(given)], dim=1)
+    loader.add_labels(given)
     first, last = settings.epoch, settings.epoch + settings.epoch // 2
     decaying = {epoch: LEARNING_RATE * (last + 1 - epoch) / (last - first) for epoch in range(first + 1, last + 1)}
     rows = []
@@ -192,7 +191,7 @@ def run_case(case: str, seed: int, settings: WeightingArguments, folder: Path) -
                 method, lambda_ = METHODS[weights]
                 polisher = RlLossPolisher(model, critics, lambda_, method, normalize=True)
             else:
-                polisher = GivenWeights(model, labels.shape[1] + number - len(METHODS))
+                polisher = GivenWeights(model, splits.train.labels.shape[1] + number - len(METHODS))
             fit(model, loader, polisher, seed, decaying)
             rows.append({"case": case, "seed": seed, "model": name, "weights": weights,
                          **measure(case, model, splits, polisher.sample_weights(*loader.tensors)[:, 0].numpy())})
