@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.fileio import is_safe_filename, read_json, sha256
 from dataset.retailrocket import LONG_TAILED, PROPERTIES, TASKS
 from dataset.simulate import config_from_manifest
-from dataset.tables import SPLITS, read_feature_table, read_split
+from dataset.tables import MAX_TASKS, SPLITS, read_feature_table, read_split, task_parents
 
 # the entries that define the columns
 FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks", "rates")
@@ -41,10 +41,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
                 "history": "", "rates": [], **manifest}
     tables, context, tasks, history = (manifest[key] for key in ("tables", "context", "tasks", "history"))
-    if len(tasks) != 2 or not all(
+    if not 1 <= len(tasks) <= MAX_TASKS or not all(
             isinstance(task, dict) and _is_identifier(task.get("name")) and _is_identifier(task.get("label"))
             for task in tasks):
-        raise UserError(f"{path}: 'tasks' is a list of two objects with a name and a label: letters, digits and _ - .")
+        raise UserError(f"{path}: 'tasks' is a list of 1 to {MAX_TASKS} objects with a name and a label: letters, "
+                        "digits and _ - .")
+    task_parents(tasks, path)
     if not isinstance(context, list) or not isinstance(tables, dict) or not all(
             isinstance(table, dict) and isinstance(table.get("key"), str) and isinstance(table.get("fields"), list)
             for table in tables.values()):

@@ -27,19 +27,19 @@ from common.csv_reader import cell_location, count_lines, log_repairs, normalize
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from dataset.features import (
-    NUMERICAL_FEATURES,
     Floats,
     Ids,
     NumericalMode,
     features_version,
     running_rates,
+    session_feature_names,
     session_features,
     user_history_features,
 )
 from dataset.manifest import FINGERPRINT_KEYS, PAPER_MANIFEST, read_manifest, verify_checksums
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split, session_order
+from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split, session_order, task_parents
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -73,10 +73,10 @@ class RetailRocketRLDataset(Dataset[Example]):
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
-        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`) and running rates, or one column
-            of zeros.
+        numerical: (n, N) float32: session or history features (`session_feature_names`) and running rates, or one
+            column of zeros.
         numerical_names: of the columns of `numerical`.
-        labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
+        labels: (n, T) float32, 0 or 1.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
         history_key: the key of the user, whose earlier rows the history features are of; "": there is none.
@@ -112,7 +112,7 @@ class RetailRocketRLDataset(Dataset[Example]):
         rows = np.arange(len(table))
         self.fields = {field: self.fields[field] if field in self.fields
                        else _categorical_column(table[field].to_numpy(), rows) for field in field_names}
-        self.numerical_names = ["zero"] if numerical == "none" else [*NUMERICAL_FEATURES]
+        self.numerical_names = ["zero"] if numerical == "none" else session_feature_names(label_names)
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
@@ -150,14 +150,15 @@ class RetailRocketRLDataset(Dataset[Example]):
     def metadata(self) -> dict[str, Any]:
         """The metadata that a model of these features must match: data, features with their version, ids and tasks."""
         features = "" if self._numerical_mode == "none" else features_version()
-        return {"data": "", "tasks": [], **self.source, "numerical": self._numerical_mode, "features": features,
-                "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
+        return {"data": "", "tasks": [], "given": None, **self.source, "numerical": self._numerical_mode,
+                "features": features, "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
                 "numerical_num": self.numerical_num}
 
     @property
     def oracle_probabilities(self) -> NDArray[np.float64] | None:
         """The true probabilities (n, T) if the log is simulated, else None. No model can rank better."""
-        return None if self.ground_truth is None else self.ground_truth[["p_click", "p_pay"]].to_numpy(np.float64)
+        return (None if self.ground_truth is None
+                else self.ground_truth[["p_click", "p_pay"]].to_numpy(np.float64)[:, : self.labels.shape[1]])
 
     @property
     def numerical_num(self) -> int:
@@ -178,7 +179,8 @@ class RetailRocketRLDataset(Dataset[Example]):
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of a data set, its manifest, and the fingerprint of its content."""
+    """The three splits of a data set, its manifest (whose tasks are those that were asked for), and the fingerprint of
+    its content."""
 
     train: RetailRocketRLDataset
     val: RetailRocketRLDataset
@@ -194,9 +196,15 @@ class Splits:
     def task_names(self) -> list[str]:
         return [task["name"] for task in self.manifest["tasks"]]
 
+    @property
+    def given(self) -> list[int] | None:
+        """The number of the task that each task is given, -1 for none, (T,); None: not in the manifest."""
+        return task_parents(self.manifest["tasks"], "manifest.json")
 
-def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
-    """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
+
+def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0) -> Splits:
+    """Read a folder of MDP tables, with the labels of its first `task_num` tasks (0: of all); features are those of all
+    tasks. Raises UserError naming file, line and column of an error, and where there are fewer tasks."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one from raw files")
@@ -219,6 +227,10 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
 
     fields = [str(field) for field in manifest["categorical"]]
     labels = [str(task["label"]) for task in manifest["tasks"]]
+    if task_num > len(labels):
+        raise UserError(f"--task_num: {task_num}, but {path} has {len(labels)}: "
+                        + ", ".join(task["name"] for task in manifest["tasks"]))
+    task_num = task_num or len(labels)
     feature_tables = {name: read_feature_table(path / name, table["key"], table["fields"])
                       for name, table in manifest["tables"].items()}
     tables = {split: read_split(path / f"{split}.csv", manifest) for split in SPLITS}
@@ -229,7 +241,7 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
                             "sessions")
     ground_truth = _read_ground_truth(path / "truth.csv", tables, manifest) if "truth.csv" in outputs else {}
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, labels)
+        _log_row_repairs(path / f"{split}.csv", table, labels, task_parents(manifest["tasks"], path) or [-1, 0])
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table)
     history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
@@ -237,11 +249,13 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     datasets = {split: RetailRocketRLDataset(table, list(feature_tables.values()), fields, labels, numerical,
                                              ground_truth.get(split), history.get(split), rates.get(split))
                 for split, table in tables.items()}
+    splits = Splits(**datasets, manifest={**manifest, "tasks": manifest["tasks"][:task_num]}, fingerprint=fingerprint)
     for dataset in datasets.values():
-        dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
+        dataset.labels = np.ascontiguousarray(dataset.labels[:, :task_num])
+        dataset.source = {"data": fingerprint, "tasks": splits.task_names, "given": splits.given}
         dataset.long_tailed = list(manifest["long_tailed"])
         dataset.history_key = str(manifest["history"])
-    return Splits(**datasets, manifest=manifest, fingerprint=fingerprint)
+    return splits
 
 
 def find_folder(path: Path, name: str) -> Path:
@@ -279,12 +293,15 @@ def _read_ground_truth(path: Path, tables: Mapping[str, pd.DataFrame],
     return {split: ground_truth.iloc[end - len(tables[split]):end] for split, end in zip(SPLITS, ends, strict=True)}
 
 
-def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> None:
+def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str], parents: Sequence[int]) -> None:
     """Print how many rows contradict each other or themselves; the files of `dataset.prepare` have none."""
     order = session_order(table)
     log_repairs(path, int((order != np.arange(len(order))).sum()), "rows sorted by session and time")
     timestamp = table["timestamp"].to_numpy()
-    for label in labels:
+    for label, parent in zip(labels, parents, strict=False):
+        if parent >= 0 and (contradictions := int((table[label] > table[labels[parent]]).sum())):
+            print(f"{path}: {contradictions:,} rows where '{label}' is 1 and '{labels[parent]}', which it implies, is "
+                  "0")
         if f"{label}_time" not in table:
             continue
         event_time, happened = table[f"{label}_time"].to_numpy(), table[label].to_numpy() > 0

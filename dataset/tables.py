@@ -19,6 +19,7 @@ from common.fileio import atomic_folder, check_writable, require_free_memory, sh
 SPLITS = ("train", "val", "test")
 GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
 MINUTE_MS = 60_000
+MAX_TASKS = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class PreparedDataset:
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
         rates: fields whose counts and rates so far are numerical features (`dataset.features.running_rates`).
-        tasks: objects with "name" and "label"; the first is CTR.
+        tasks: objects with "name", "label" and "given", see `task_parents`.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
     """
 
@@ -83,6 +84,25 @@ class PreparedDataset:
     @property
     def labels(self) -> list[str]:
         return [task["label"] for task in self.tasks]
+
+
+def task_parents(tasks: Sequence[Mapping[str, str]], source: str | Path) -> list[int] | None:
+    """The number of the task that each task is given, -1 for none, (T,).
+
+    "given" is the name of an earlier task that this one implies and is conditional on, as CTCVR is on CTR, or "" for
+    none. One or two tasks may lack it: None, the second is then given the first. Raises UserError.
+    """
+    if len(tasks) <= 2 and not any("given" in task for task in tasks):
+        return None
+    names, parents = [task["name"] for task in tasks], []
+    for number, task in enumerate(tasks):
+        given = task.get("given", None if number else "")
+        if given not in ("", *names[:number]):
+            raise UserError(f"{source}: task '{task['name']}': 'given' is "
+                            + ("missing" if given is None else f"{given!r:.40}")
+                            + ': the name of the earlier task that it implies, or "" for none')
+        parents.append(names.index(given) if given else -1)
+    return parents
 
 
 def number_sessions(key: ArrayLike, timestamp: ArrayLike, split: ArrayLike = 0,
@@ -151,6 +171,12 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
     Raises UserError if it exists already.
     """
     require_new_folder(out_dir)
+    parents = task_parents(dataset.tasks, out_dir)
+    for label, parent in zip(dataset.labels, parents or [], strict=False):
+        contradictions = int((dataset.rows[label] > dataset.rows[dataset.labels[parent]]).sum()) if parent >= 0 else 0
+        if contradictions:
+            raise UserError(f"{out_dir}: {contradictions:,} rows where '{label}' is 1 and '{dataset.labels[parent]}', "
+                            "which it implies, is 0")
     keys = list(dict.fromkeys(table.key for table in dataset.feature_tables.values()))
     columns = ["timestamp", "sessionid", *keys, *dataset.context, *reversed(dataset.labels)]
     with atomic_folder(out_dir) as folder:

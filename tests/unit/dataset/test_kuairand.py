@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY, run_in_process, user_error_message
 
 from common.fileio import sha256
-from dataset.features import NUMERICAL_FEATURES
+from dataset.features import session_feature_names
 from dataset.kuairand import RATES, USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
 from dataset.rtrl import load_splits
@@ -116,7 +116,7 @@ def test_features_cover_the_user_s_known_history(kr: tuple[pd.DataFrame, Path]) 
         expected = [np.log1p(len(past)), *(outcomes.sum() / (len(past) + 1) for outcomes in known),
                     *(float(outcomes[-1]) if len(outcomes) else 0.0 for outcomes in known),
                     np.log1p((row["timestamp"] - last) / 1000) / 10]
-        assert row[list(NUMERICAL_FEATURES)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert row[session_feature_names()].tolist() == pytest.approx(expected, abs=1e-5)
     assert num_crossing > 100
 
 
@@ -139,7 +139,7 @@ def test_features_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Pat
     (tmp_path / "kr" / "manifest.json").write_text(json.dumps(manifest))
     after = by_row(tmp_path / "kr")
     same = (before["timestamp"] <= moment).to_numpy()
-    np.testing.assert_array_equal(before.loc[same, list(NUMERICAL_FEATURES)], after.loc[same, list(NUMERICAL_FEATURES)])
+    np.testing.assert_array_equal(before.loc[same, session_feature_names()], after.loc[same, session_feature_names()])
     if "itemid" in change:  # the rates are of the row's own item
         same = (before["timestamp"] < moment).to_numpy()
     rates = [f"{field} {what}" for field in RATES for what in ("count", "click rate", "long_view rate")]
