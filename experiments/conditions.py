@@ -48,6 +48,7 @@ class ExperimentArguments(Settings):
     learning_rate: float = option(1e-3, "learning rate of all supervised runs", low=0)
     batch_size: int = option(2048, "batch size of all supervised runs", low=1)
     dropout: float = option(0.2, "dropout of all models and critics", low=0, high=0.99)
+    embed_dropout: float = option(0.0, "dropout of the embeddings of all models", low=0, high=0.99)
     epoch: int = option(50, "maximum epochs of a supervised run", low=1)
     critic_batch: int = option(2048, "batch size of a critic update", low=1)
     critic_updates: int = option(50, "critic updates per epoch", low=1)
@@ -239,7 +240,8 @@ class ExperimentRun:
         shared: dict[str, Any] = {
             "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,
             "save_dir": str(folder), "pretrain_path": str(pretrain), "embed_dim": experiment.embed_dim,
-            "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate}
+            "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate,
+            "embed_dropout": experiment.embed_dropout}
         if condition.program == "RLmain.py":
             return RLArguments(**shared, **{
                 "actor_name": condition.model, "memory_path": str(folder / "memory.npz"),
