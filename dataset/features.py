@@ -70,8 +70,8 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
     moments, moment = np.unique(rows["timestamp"].to_numpy(), return_inverse=True)
     everything = np.zeros(len(rows), np.int64)
     happened = [rows[label].to_numpy() > 0 for label in labels]
-    known_from = [np.searchsorted(moments, _outcome_time(rows, label)[rows[label].to_numpy() > 0], side="right")
-                  for label in labels]
+    known_from = [np.searchsorted(moments, _outcome_time(rows, label)[has_outcome], side="right")
+                  for label, has_outcome in zip(labels, happened, strict=True)]
 
     def counts(group: Ids) -> tuple[Ids, list[Ids]]:
         return _count_known(group, moment, group, moment + 1), [

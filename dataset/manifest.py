@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +52,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for entry in ("long_tailed", "rates", "numbers", "id_fields"):
         if not isinstance(manifest[entry], list):
             raise UserError(f"{path}: '{entry}' is a list of fields")
-    for entry, known, reason in (
-            ("categorical", [*fields, *manifest["id_fields"]], "it is in no table, 'context' or 'id_fields'"),
-            ("numbers", fields, "it is in no table and not in 'context'"),
-            *((entry, categorical, "it is not in 'categorical'") for entry in ("long_tailed", "rates", "id_fields"))):
-        unknown = [field for field in manifest[entry] if field not in known]
-        if unknown:
-            raise UserError(f"{path}: '{entry}' contains unknown field '{unknown[0]}': {reason}")
+    _require_known(path, "categorical", categorical, [*fields, *manifest["id_fields"]],
+                   "it is in no table, 'context' or 'id_fields'")
+    _require_known(path, "numbers", manifest["numbers"], fields, "it is in no table and not in 'context'")
+    for entry in ("long_tailed", "id_fields"):
+        _require_known(path, entry, manifest[entry], categorical, "it is not in 'categorical'")
+    names = [name for entry in manifest["rates"] for name in str(entry).split("&")]
+    _require_known(path, "rates", names, [*categorical, *id_columns(manifest)], "it is not in 'categorical'")
     labels = [task["label"] for task in tasks]
     columns = ["timestamp", "sessionid", "visitorid", *context, *labels, *(f"{label}_time" for label in labels),
                *id_columns(manifest)]
@@ -70,6 +70,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if "truth.csv" in manifest["outputs"]:
         config_from_manifest(manifest.get("simulation"), path)
     return manifest
+
+
+def _require_known(path: Path, entry: str, fields: Sequence[Any], known: Sequence[str], reason: str) -> None:
+    unknown = [field for field in fields if field not in known]
+    if unknown:
+        raise UserError(f"{path}: '{entry}' contains unknown field '{unknown[0]}': {reason}")
 
 
 def id_columns(manifest: Mapping[str, Any]) -> list[str]:

@@ -302,11 +302,19 @@ def _log_normalized(path: Path, feature_table: FeatureTable, categorical: Sequen
                 f"values in column{'s' * (len(changed) > 1)} {fields} stripped of whitespace or a final .0")
 
 
-def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Sequence[FeatureTable], fields: Sequence[str],
+def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Sequence[FeatureTable], entries: Sequence[str],
                    labels: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`running_rates` of these fields, over all splits in order of time; by split."""
+    """`running_rates` of these fields, keys and pairs of them, over all splits in order of time; by split."""
     rows = pd.concat(tables.values(), ignore_index=True)
-    groups = {field: column.codes for field, column in _categorical_columns(rows, feature_tables, fields).items()}
+    names = [*dict.fromkeys(name for entry in entries for name in entry.split("&"))]
+    columns = _categorical_columns(rows, feature_tables, names)
+    groups = {}
+    for entry in entries:
+        groups[entry], *others = (columns[name].codes for name in entry.split("&"))
+        for other in others:  # a value is a pair of values, missing where one of them is
+            pair = np.where(np.minimum(groups[entry], other) < 0, -1, groups[entry] * (other.max() + 1) + other)
+            values, groups[entry] = np.unique(pair, return_inverse=True)
+            groups[entry] -= int(values[0] < 0)
     rates = running_rates(rows, groups, labels)
     ends = np.cumsum([len(table) for table in tables.values()])
     return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}

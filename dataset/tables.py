@@ -59,7 +59,8 @@ class PreparedDataset:
         history_key: the id, such as the user's, over whose earlier rows the session features are computed; "": over
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
-        rates: fields whose counts and rates so far are numerical features (`dataset.features.running_rates`).
+        rates: fields, keys or pairs of them, such as userid&tab, whose counts and rates so far are numerical features
+            (`dataset.features.running_rates`).
         numbers: fields that are numerical features, not categories; a missing one has the mean of the training rows.
         id_fields: ids of the rows, such as `itemid`, that are fields as well: each value has an embedding.
         tasks: objects with "name" and "label"; the first is CTR.
