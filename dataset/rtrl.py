@@ -225,12 +225,13 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     keyed += [FeatureTable(key, pd.DataFrame({key: [0]})) for key in id_columns(manifest)
               if key not in {table.key for table in keyed}]  # ids without a table of features
     history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
-    further = _numbers(tables, keyed, manifest["numbers"])
-    if numerical == "rates":
-        rates = _running_rates(tables, keyed, manifest["rates"], labels)
-        further = {split: pd.concat([rates[split], further[split]], axis=1) for split in SPLITS}
+    rows = pd.concat(tables.values(), ignore_index=True)
+    further = pd.concat([*([_running_rates(rows, keyed, manifest["rates"], labels)] if numerical == "rates" else []),
+                         _numbers(rows, keyed, manifest["numbers"], len(tables["train"]))], axis=1)
+    ends = dict(zip(SPLITS, np.cumsum([len(table) for table in tables.values()]), strict=True))
     datasets = {split: RetailRocketRLDataset(table, keyed, fields, labels, numerical, ground_truth.get(split),
-                                             history.get(split), further[split]) for split, table in tables.items()}
+                                             history.get(split), further.iloc[ends[split] - len(table):ends[split]])
+                for split, table in tables.items()}
     for dataset in datasets.values():
         dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
@@ -302,10 +303,9 @@ def _log_normalized(path: Path, feature_table: FeatureTable, categorical: Sequen
                 f"values in column{'s' * (len(changed) > 1)} {fields} stripped of whitespace or a final .0")
 
 
-def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Sequence[FeatureTable], entries: Sequence[str],
-                   labels: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`running_rates` of these fields, keys and pairs of them, over all splits in order of time; by split."""
-    rows = pd.concat(tables.values(), ignore_index=True)
+def _running_rates(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], entries: Sequence[str],
+                   labels: Sequence[str]) -> pd.DataFrame:
+    """`running_rates` of these fields, keys and pairs of them; `rows` are those of all splits."""
     names = [*dict.fromkeys(name for entry in entries for name in entry.split("&"))]
     columns = _categorical_columns(rows, feature_tables, names)
     groups = {}
@@ -315,24 +315,20 @@ def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Sequence[
             pair = np.where(np.minimum(groups[entry], other) < 0, -1, groups[entry] * (other.max() + 1) + other)
             values, groups[entry] = np.unique(pair, return_inverse=True)
             groups[entry] -= int(values[0] < 0)
-    rates = running_rates(rows, groups, labels)
-    ends = np.cumsum([len(table) for table in tables.values()])
-    return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}
+    return running_rates(rows, groups, labels)
 
 
-def _numbers(tables: Mapping[str, pd.DataFrame], feature_tables: Sequence[FeatureTable],
-             names: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """The numbers of the rows of each split, a column each, float32; a missing one is the mean of the training rows
-    that have it, or 0 if none has."""
-    columns: dict[str, pd.DataFrame] = {}
-    for split, table in tables.items():
-        columns[split] = pd.DataFrame(index=table.index)
-        for name in names:
-            key, features = next(((key, features) for key, features in feature_tables if name in features), ("", table))
-            index = pd.Index(features[key]).get_indexer(pd.Index(table[key])) if key else np.arange(len(table))
-            columns[split][name] = np.append(features[name].to_numpy(), np.nan)[index]
-    means = columns["train"].mean().fillna(0.0)
-    return {split: frame.fillna(means).astype(np.float32) for split, frame in columns.items()}
+def _numbers(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], names: Sequence[str],
+             train_rows: int) -> pd.DataFrame:
+    """The numbers of the rows, a column each, float32; a missing one is the mean of the first `train_rows` rows that
+    have it, or 0 if none has."""
+    columns = {}
+    for name in names:
+        key, features = next(((key, features) for key, features in feature_tables if name in features), ("", rows))
+        index = pd.Index(features[key]).get_indexer(pd.Index(rows[key])) if key else np.arange(len(rows))
+        column = pd.Series(np.append(features[name].to_numpy(), np.nan)[index])  # -1: missing from the feature table
+        columns[name] = column.fillna(column[:train_rows].mean()).fillna(0.0)
+    return pd.DataFrame(columns, index=rows.index, dtype=np.float32)
 
 
 def _categorical_columns(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable],
