@@ -142,7 +142,7 @@ def require_columns(where: str, header: Sequence[str], columns: Iterable[str], o
 
 def _is_number(text: str) -> bool:
     with contextlib.suppress(ValueError):
-        return bool(text) and np.isfinite(float(text))
+        return bool(np.isfinite(float(text)))
     return False
 
 

@@ -292,7 +292,7 @@ def test_cell_location_counts_blank_lines_and_multiline_cells(tmp_path: Path) ->
         f"{path}, line {line}, column 'item'" for line in (3, 5, 7)]
 
 
-# ------------------------------------------------------------------------------------------- numbers, files without names
+# ------------------------------------------------------------------------------------ numbers, files without names
 
 
 @pytest.mark.parametrize(("cell", "value"), [("1.5", 1.5), ("-3e38", -3e38), (" 7 ", 7.0), ("", None), ("nan", None),
