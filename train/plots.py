@@ -41,6 +41,13 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
     save_figure(figure, path)
 
 
+def varying(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Mapping[str, Sequence[float]]]:
+    """The panels with a curve that changes; all of them if no curve does, as after one epoch."""
+    kept = {title: curves for title, curves in panels.items()
+            if any(len(set(values)) > 1 for values in curves.values())}
+    return kept or dict(panels)
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as PNG."""
     FigureCanvasAgg(figure)
