@@ -32,7 +32,7 @@ from common.errors import cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
-from layers import standardize
+from layers import set_embedding_dropout, standardize
 from slmodels.model_file import keep_previous, save_model
 from train.Arguments import SLArguments, parse
 from train.memory_estimate import check_training, network_size
@@ -152,6 +152,7 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     set_seed(settings.seed)
     model = build()
     standardize(model, torch.from_numpy(splits.train.numerical))
+    set_embedding_dropout(model, settings.embed_dropout)
     return model.to(device)
 
 

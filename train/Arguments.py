@@ -79,6 +79,8 @@ class Arguments(Settings):
                          high=1000)
 
     # the training
+    embed_dropout: float = option(0.0, "dropout probability of the numbers of an embedding of the model", low=0,
+                                  high=0.99)
     epoch: int = option(50, "epochs at most", low=1)
     batch_size: int = option(512, "rows a step", low=1)
     device: str = option("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
@@ -200,8 +202,8 @@ class SLArguments(Arguments):
     @property
     def trained_with(self) -> dict[str, Any]:
         """The settings that a baseline's weights depend on."""
-        names = ("epoch", "patience", "learning_rate", "batch_size", "weight_decay", "dropout", "calibrator_weight",
-                 "feature_map_rate", "precision", "seed")
+        names = ("epoch", "patience", "learning_rate", "batch_size", "weight_decay", "dropout", "embed_dropout",
+                 "calibrator_weight", "feature_map_rate", "precision", "seed")
         return {name: getattr(self, name) for name in names}
 
 
