@@ -4,10 +4,10 @@
     python3 -m experiments.tune --model_name=ple --trials=50 --space=learning_rate,dropout --embed_dim=32
 
 A trial trains as `SLmain.py` does, without its test: its value is what early stopping maximizes, the mean validation
-AUC. The first trial has the default settings. Then TPE proposes settings out of `SPACE`, and the median rule stops bad
-trials early; every other flag of `SLmain.py` is a fixed setting. The study is a journal file: the same command resumes
-it until there are --trials trials, and may run several times at once. trials.csv has a row a trial. Needs
-requirements/tune.txt.
+AUC. The first trial has the settings as they are given. Then TPE proposes settings out of `SPACE`, and the median rule
+stops bad trials early; every other flag of `SLmain.py` is a fixed setting. The study is a journal file: the same
+command resumes it until there are --trials trials, and may run several times at once. trials.csv has a row a trial.
+Needs requirements/tune.txt.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class TuneArguments(SLArguments):
     space: str = option("", f"comma-separated settings to search (default all that are not given as flags): "
                         f"{', '.join(SPACE)}")
     polish_lambda: float = option(0.0, "0: baselines are tuned", flag="--polish", low=0, high=0)
-    save_dir: str = option("chkpt/tune", "where studies are saved")
+    out: str = option("chkpt/tune", "where studies are saved; --save_dir is that of the printed command")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,21 +84,18 @@ class TuneArguments(SLArguments):
         for name in names:
             if name not in available:
                 raise UserError(f"--space: {self.model_name} has no '{name}' to search: some of {', '.join(available)}")
-            if name in self.given:
-                raise UserError(f"--space: {name} is given by --{name}: leave one of them out")
         if not names:
-            raise UserError("--space: nothing to search: every setting is given as a flag")
+            raise UserError("--space: nothing to search, every setting is given: name those to search")
         self.searched = {name: SPACE[name] for name in names}
 
     @property
     def folder(self) -> Path:
-        """The directory of the study: `<save_dir>/<dataset>_<model>/`."""
-        return self.run_dir.path
+        """The directory of the study: `<out>/<dataset>_<model>/`."""
+        return Path(self.out) / self.run_dir.path.name
 
     def with_values(self, values: dict[str, Any], **changes: Any) -> SLArguments:
         """The settings of `SLmain.py` with these values of the searched ones."""
-        own = {setting.name: getattr(self, setting.name) for setting in fields(SLArguments)
-               if setting.name not in ("save_dir", "resume")}
+        own = {setting.name: getattr(self, setting.name) for setting in fields(SLArguments) if setting.name != "resume"}
         return SLArguments(**{**own, **values, **changes})
 
 
@@ -144,18 +141,16 @@ class Tuner:
     def _check_identity(self, study: optuna.Study) -> None:
         """Store what the values depend on; refuse a study of something else."""
         constant = {name: value for name, value in self.settings.with_values({}).plain().items()
-                    if name not in (*self.settings.searched, "save_dir", "resume", "device", "pretrain_path")}
+                    if name not in (*self.settings.searched, "save_dir", "resume", "device", "pretrain_path", "track")}
         identity = json.loads(json.dumps({**constant, "space": self.settings.searched,
                                           "data": self.splits.fingerprint}))
         if "identity" not in study.user_attrs:
             study.set_user_attr("identity", identity)
-            first = {name: getattr(self.settings, name) for name in self.settings.searched}
-            study.enqueue_trial({name: value if isinstance(SPACE[name], Range) else json.dumps(value)
-                                 for name, value in first.items()})  # the defaults: the best is no worse
+            study.enqueue_trial(_first_params(self.settings))
         for name, value in study.user_attrs["identity"].items():
             if identity.get(name) != value:
                 what = "is of other data" if name == "data" else f"has --{name}={truncate(value)}"
-                raise UserError(f"{self.folder}: its study {what}: give the same, or another --save_dir")
+                raise UserError(f"{self.folder}: its study {what}: give the same, or another --out")
 
     def run(self) -> None:
         """Run trials until there are enough."""
@@ -184,7 +179,7 @@ class Tuner:
         the attribute `error`.
         """
         folder = self._trial_folder(trial.number)
-        settings = self.settings.with_values(_values(trial.params), save_dir=str(folder))
+        settings = self.settings.with_values(_values(trial.params), save_dir=str(folder), track="")
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log), \
@@ -253,6 +248,19 @@ def _distribution(values: Range | tuple[Any, ...]) -> optuna.distributions.BaseD
     if isinstance(values, Range):
         return FloatDistribution(values.low, values.high, log=values.log)
     return CategoricalDistribution([json.dumps(value) for value in values])  # a choice of optuna is no tuple
+
+
+def _first_params(settings: TuneArguments) -> dict[str, Any]:
+    """The parameters of the first trial: the defaults, or what is given, so that the best is no worse. A value that the
+    space lacks is left to the sampler."""
+    params = {}
+    for name, values in settings.searched.items():
+        value = getattr(settings, name)
+        if isinstance(values, Range) and values.low <= value <= values.high:
+            params[name] = value
+        elif not isinstance(values, Range) and value in values:
+            params[name] = json.dumps(value)
+    return params
 
 
 def _values(params: dict[str, Any]) -> dict[str, Any]:

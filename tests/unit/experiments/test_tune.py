@@ -18,6 +18,7 @@ from conftest import ENVIRONMENT, REPOSITORY, command, user_error_message
 import SLmain
 from common.csv_reader import read_csv_rows
 from common.errors import UserError
+from common.fileio import write_json
 from experiments import tune
 from experiments.tune import SPACE, Range, TuneArguments, main
 from slmodels import MODELS
@@ -87,8 +88,8 @@ def test_given_flags_are_not_searched() -> None:
     assert small_settings().searched.keys() == {"learning_rate", "dropout"}
 
 
-@pytest.mark.parametrize("flags", [["--space=lr"], ["--space=expert_num"], ["--space=dropout", "--dropout=0.1"],
-                                   ["--polish=1"], ["--trials=0"]])
+@pytest.mark.parametrize("flags", [["--space=lr"], ["--space=expert_num"], ["--polish=1"],
+                                   ["--trials=0"]])
 def test_mistakes_give_one_line(flags: list[str]) -> None:
     assert flags[0].split("=")[0] in user_error_message(lambda: parse(TuneArguments, "", flags))
 
@@ -120,11 +121,25 @@ def test_printed_command_repeats_best_trial(workdir: None, capsys: pytest.Captur
     assert max(values) == max((float(row["auc_CTR"]) + float(row["auc_CTCVR"])) / 2 for row in epochs)
 
 
-def test_first_trial_has_default_settings(workdir: None) -> None:
-    settings = small_settings("--trials=1")
+def test_first_trial_has_given_settings(fake_fit: Callable[[Any], None], tmp_path: Path) -> None:
+    """Of flags or of a file; what the space lacks is sampled from it."""
+    fake_fit(lambda trial, epoch: 0.5)
+    settings = small_settings("--trials=1", "--dropout=0.3")
     assert main(settings) == settings.with_values({})
     (row,) = read_trials(settings)
-    assert (float(row["learning_rate"]), float(row["dropout"]), row["epochs"]) == (1e-3, 0.2, "2")
+    assert (float(row["learning_rate"]), float(row["dropout"]), row["epochs"]) == (1e-3, 0.3, "2")
+    write_json(tmp_path / "run.json", {**settings.with_values({}).plain(), "dropout": 0.4, "learning_rate": 1.0})
+    chosen = main(small_settings(f"--config={tmp_path / 'run.json'}", "--trials=1", "--out=other"))
+    assert chosen.dropout == 0.4
+    assert 1e-4 <= chosen.learning_rate <= 1e-2
+    assert "--space" in user_error_message(lambda: parse(TuneArguments, "", [f"--config={tmp_path / 'run.json'}"]))
+
+
+def test_trials_are_not_tracked(fake_fit: Callable[[Any], None], capsys: pytest.CaptureFixture[str]) -> None:
+    fake_fit(lambda trial, epoch: 0.5)
+    main(small_settings("--trials=1", "--track=tensorboard"))
+    assert "--track=tensorboard" in capsys.readouterr().out.splitlines()[-1]
+    assert not [path for path in Path().rglob("*") if "events" in path.name]
 
 
 def test_test_split_is_never_read(workdir: None, monkeypatch: pytest.MonkeyPatch) -> None:
