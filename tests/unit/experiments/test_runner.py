@@ -90,15 +90,18 @@ def test_given_executor_runs_dependencies_first(rt_tables: Path, tmp_path: Path)
         assert order.index(("baseline", seed)) < order.index(("critics", seed)) < order.index(("RMTL", seed))
 
 
-def test_rows_of_other_tables_stay(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_other_selections_stay(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.runner.get_dataset", lambda *_: SimpleNamespace(fingerprint="f"))
     run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline")
     executor = FakeExecutor()
     _, rows = run_fake(executor, tmp_path, rt_tables, "--tables=weighting", "--name_filter=uncertainty")
     assert {condition for _, _, condition, _ in executor.keys} == {"uncertainty"}
     assert {row["condition"] for row in rows} == {"baseline", "uncertainty"}
+    _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--models=mmoe", "--first_seed=5")
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        *(("mmoe", seed) for seed in "56"), *(("esmm", seed) for seed in "1212")]
     _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--epoch=2")
-    assert {row["condition"] for row in rows} == {"baseline"}
+    assert len(rows) == 2
     assert {row["condition"] for row in read_results(tmp_path / "results.previous.csv")} == {"baseline", "uncertainty"}
 
 
