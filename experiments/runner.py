@@ -55,9 +55,9 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     datasets = settings.datasets.split(",")
     runs = _all_runs(settings)
     every = runs | _all_runs(_widen(settings, read_results(path) if path.exists() else []))
-    if settings.quick:
-        _make_quick_dataset(Path(settings.dataset_path))
-    fingerprints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in datasets}
+    if settings.simulates_rt:
+        _make_quick_dataset(Path(settings.dataset_path_of("rt")))
+    fingerprints = {name: get_dataset(name, settings.dataset_path_of(name)).fingerprint for name in datasets}
     rows = _reusable_rows(path, settings, every, fingerprints)
     pending = _pending(runs, rows, settings)
     workers = min(settings.workers or os.cpu_count() or 1, max(1, len(pending)))
@@ -185,6 +185,7 @@ def _collect_metrics(history: list[Row], deciles: list[Row]) -> Row:
 def _make_quick_dataset(path: Path) -> None:
     """Simulate and prepare a third of the default log as `rt`, unless it exists."""
     if not (path / "rt").exists():
+        print(f"no data set rt: a small log is simulated in {path}")
         if not (path / "simulated").exists():
             simulate(path / "simulated", SimulationConfig(events=100_000, items=8_000, property_rows=80_000))
         prepare(path / "simulated", path / "rt")
