@@ -24,10 +24,9 @@ from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_pa
 from layers.sequence import ENCODERS
 from slmodels import MODELS
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_metadata
+from train.critic_weights import CRITIC_WEIGHTS, POLISH_METHODS
 from train.task_weighting import WEIGHTINGS
 from train.tracking import BACKENDS
-
-POLISH_METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
 
 Parsed = TypeVar("Parsed", bound="Settings")
 
@@ -176,9 +175,10 @@ class SLArguments(Arguments):
     polish_lambda: float = option(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
     polish_method: str = option(
-        "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
-        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardized Q; or a control: constant 1, shuffled "
-        "and contrast_shuffled those of full and contrast on the wrong samples", choices=POLISH_METHODS)
+        "full", "weights of the polish run: "
+        + "; ".join(f"{name} {method.formula}" for name, method in CRITIC_WEIGHTS.items())
+        + "; or a control: constant 1; shuffled and NAME_shuffled those of full and NAME on the wrong samples",
+        choices=POLISH_METHODS)
     polish_normalize: bool = option(False, "divide the weights of a polish run by their mean over the batch")
     polish_init: str = option("baseline", "what a polish run trains: the baseline, or a model from scratch",
                                choices=["baseline", "scratch"])

@@ -19,10 +19,9 @@ from common.errors import UserError
 from common.run_dir import CRITIC_NAMES, agent_dir, network_path
 from layers import CriticNeg
 from slmodels.model_file import critic_from_file
-from train.Arguments import POLISH_METHODS, SLArguments
+from train.Arguments import SLArguments
+from train.critic_weights import CRITIC_WEIGHTS, POLISH_METHODS, UNSHUFFLED, controls_of
 from train.metrics import Metrics, read_test_metrics
-
-CONTROLS = ("constant", "shuffled")
 
 
 class RlLossPolisher:
@@ -37,10 +36,10 @@ class RlLossPolisher:
             the one that `sltrain` trains.
         critics: one a task; none are needed for `constant`.
         lambda_: lambda.
-        method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `inverse` 1 / (1 - lambda Q); `contrast`
+        method: one of `train.critic_weights.CRITIC_WEIGHTS`, such as `full`, 1 - lambda Q, or `contrast`,
             exp(-lambda (Q - mean Q) / std Q), over the batch: lambda sets the spread of the weights; `constant` 1;
-            `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples of the batch
-            (a control: the same weights on the wrong samples).
+            `shuffled`, `contrast_shuffled`, ...: those of `full`, `contrast`, ..., permuted over the samples of the
+            batch (a control: the same weights on the wrong samples).
         normalize: divide a task's weights by their mean over the batch, so that they change which samples count, not
             how large the step is. This and `contrast` are the exceptions to "nothing else in the batch".
 
@@ -105,15 +104,9 @@ class RlLossPolisher:
                          for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
         for critic, was_training in zip(self.critics, modes, strict=True):
             critic.train(was_training)
-        if self.method == "label":
-            q = labels[:, : q.shape[1]] * q
-        weights = -q if self.method == "critic" else 1 - self.polish_lambda * q
-        if self.method == "inverse":
-            weights = 1 / weights
-        elif self.method.startswith("contrast"):
-            std, mean = torch.std_mean(distributed.all_gather_rows([q]), dim=0, correction=0)
-            weights = torch.exp(-self.polish_lambda * (q - mean) / std.clamp(min=1e-6))
-        if self.method.endswith("shuffled"):
+        method = CRITIC_WEIGHTS[UNSHUFFLED.get(self.method, self.method)]
+        weights = method.weights(q, labels[:, : q.shape[1]], self.polish_lambda)
+        if self.method in UNSHUFFLED:
             full_batch = distributed.all_gather_rows([weights])
             (weights,), _ = distributed.shard([full_batch[torch.randperm(len(full_batch), device=weights.device)]])
         if self.normalize:
@@ -218,7 +211,7 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
     """A table of test metrics: the baseline, the finished controls of these settings and initial weights `start`, this
     run (the best epoch on validation) and its last epoch."""
     rows, problems = {"baseline": baseline}, []
-    for method in CONTROLS:
+    for method in controls_of(settings.polish_method):
         if method != settings.polish_method:
             try:
                 control = _control_metrics(replace(settings, polish_method=method), start, task_names)

@@ -24,6 +24,7 @@ from dataset.vocabulary import encode_splits
 from layers import ESMM, CriticNeg
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, save_model
 from train.Arguments import SLArguments
+from train.critic_weights import SHUFFLED, controls_of
 from train.metrics import Metrics, read_test_metrics
 from train.polish import RlLossPolisher, comparison_table
 
@@ -123,15 +124,24 @@ def test_label_free_weights_keep_the_optimum(method: str, expected: list[float])
     torch.testing.assert_close(torch.stack(means).mean(dim=0), torch.tensor(expected), atol=0.01, rtol=0)
 
 
-def test_shuffled_weights_are_a_permutation() -> None:
-    """Of whole samples: both tasks' weights of one sample stay together."""
+@pytest.mark.parametrize(("method", "control"), SHUFFLED.items())
+def test_shuffled_weights_are_a_permutation(method: str, control: str) -> None:
+    """Of whole samples: both tasks' weights of one sample stay together. Every method has such a control."""
     model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.2)
     critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(2)]
-    batch = torch.randint(5, (50, 2)), torch.randn(50, 1), torch.zeros(50, 2)
-    full = RlLossPolisher(model, critics, 1.0).weights(*batch)
-    shuffled = RlLossPolisher(model, critics, 1.0, "shuffled").weights(*batch)
-    assert not torch.equal(full, shuffled)
-    assert sorted(map(tuple, full.tolist())) == sorted(map(tuple, shuffled.tolist()))
+    batch = torch.randint(5, (50, 2)), torch.randn(50, 1), torch.ones(50, 2)
+    plain = RlLossPolisher(model, critics, 1.0, method).weights(*batch)
+    shuffled = RlLossPolisher(model, critics, 1.0, control).weights(*batch)
+    assert not torch.equal(plain, shuffled)
+    assert sorted(map(tuple, plain.tolist())) == sorted(map(tuple, shuffled.tolist()))
+
+
+def test_every_method_has_its_own_controls() -> None:
+    assert {method: controls_of(method) for method in ("full", "contrast", "contrast_shuffled", "constant")} == {
+        "full": ("constant", "shuffled"), "contrast": ("constant", "contrast_shuffled"),
+        "contrast_shuffled": ("constant", "contrast_shuffled"), "constant": ("constant", "shuffled")}
+    assert {"full", "label", "constant", "critic", "inverse", "contrast", "shuffled",
+            "contrast_shuffled"} < set(RlLossPolisher.METHODS)
 
 
 def test_constant_needs_no_critics() -> None:
