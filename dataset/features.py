@@ -55,7 +55,8 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))
 
 
-def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> pd.DataFrame:
+def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str],
+                  counted: NDArray[np.bool_] | None = None) -> pd.DataFrame:
     """How often the values of a row's fields were shown so far, and with which outcomes: G (1 + T) columns, float32.
 
     For each field, with m the earlier rows of the same value and c_k their outcomes of task k that are known when the
@@ -66,14 +67,16 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
     Args:
         rows: of all splits; columns timestamp, the labels and, where known, `<label>_time`.
         groups: field to the number of each row's value (n,), -1 for a missing one.
+        counted: (n,) whether a row counts in those of others; default: all of them do.
     """
+    counted = np.ones(len(rows), bool) if counted is None else counted
     time = rows["timestamp"].to_numpy()
     everything = np.zeros(len(rows), np.int64)
-    happened = {label: rows[label].to_numpy() > 0 for label in labels}
+    happened = {label: (rows[label].to_numpy() > 0) & counted for label in labels}
     outcome_time = {label: _outcome_time(rows, label) for label in labels}
 
     def counts(group: Ids) -> tuple[Ids, list[Ids]]:
-        return _count_earlier(group, time, group, time), [
+        return _count_earlier(group, time, group[counted], time[counted]), [
             _count_earlier(group, time, group[happened[label]], outcome_time[label][happened[label]])
             for label in labels]
 

@@ -195,8 +195,32 @@ class Splits:
         return [task["name"] for task in self.manifest["tasks"]]
 
 
+@dataclass(frozen=True)
+class Log:
+    """The tables of a data set as they were read: its rows by split, its feature tables by file name, its manifest, and
+    the fingerprint of its content."""
+
+    tables: dict[str, pd.DataFrame]
+    feature_tables: dict[str, FeatureTable]
+    manifest: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def labels(self) -> list[str]:
+        return [str(task["label"]) for task in self.manifest["tasks"]]
+
+
 def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
+    log = read_log(path)
+    is_simulated = "truth.csv" in log.manifest.get("outputs", ())
+    ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
+    datasets = make_datasets(log, log.tables, numerical, ground_truth)
+    return Splits(**datasets, manifest=log.manifest, fingerprint=log.fingerprint)
+
+
+def read_log(path: Path) -> Log:
+    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one from raw files")
@@ -217,8 +241,6 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     schema_json = json.dumps([manifest[key] for key in FINGERPRINT_KEYS], sort_keys=True)
     fingerprint = hashlib.sha256(("".join(outputs[name] for name in files) + schema_json).encode()).hexdigest()[:16]
 
-    fields = [str(field) for field in manifest["categorical"]]
-    labels = [str(task["label"]) for task in manifest["tasks"]]
     feature_tables = {name: read_feature_table(path / name, table["key"], table["fields"])
                       for name, table in manifest["tables"].items()}
     tables = {split: read_split(path / f"{split}.csv", manifest) for split in SPLITS}
@@ -227,21 +249,35 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
         if len(shared) and has_manifest:
             raise UserError(f"{path / later}.csv: session {shared[0]} is in {earlier}.csv too: splits must not share "
                             "sessions")
-    ground_truth = _read_ground_truth(path / "truth.csv", tables, manifest) if "truth.csv" in outputs else {}
+    log = Log(tables, feature_tables, manifest, fingerprint)
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, labels)
+        _log_row_repairs(path / f"{split}.csv", table, log.labels)
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table)
-    history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
-    rates = _running_rates(tables, feature_tables, manifest, labels) if numerical == "rates" else {}
-    datasets = {split: RetailRocketRLDataset(table, list(feature_tables.values()), fields, labels, numerical,
-                                             ground_truth.get(split), history.get(split), rates.get(split))
-                for split, table in tables.items()}
+    return log
+
+
+def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: NumericalMode,
+                  ground_truth: Mapping[str, pd.DataFrame] | None = None, history_key: str | None = None,
+                  counted: NDArray[np.bool_] | None = None) -> dict[str, RetailRocketRLDataset]:
+    """The arrays of tables, by name, whose fields and tasks are those of `log`.
+
+    ground_truth: of a simulated log, by table. history_key: instead of the manifest's. counted: as of `running_rates`,
+    of the rows of all tables.
+    """
+    manifest, feature_tables, ground_truth = log.manifest, log.feature_tables, ground_truth or {}
+    fields = [str(field) for field in manifest["categorical"]]
+    key = manifest["history"] if history_key is None else history_key
+    history = user_history_features(tables, key, log.labels) if key else {}
+    rates = _running_rates(tables, feature_tables, manifest, log.labels, counted) if numerical == "rates" else {}
+    datasets = {name: RetailRocketRLDataset(table, list(feature_tables.values()), fields, log.labels, numerical,
+                                            ground_truth.get(name), history.get(name), rates.get(name))
+                for name, table in tables.items()}
     for dataset in datasets.values():
-        dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
+        dataset.source = {"data": log.fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
         dataset.history_key = str(manifest["history"])
-    return Splits(**datasets, manifest=manifest, fingerprint=fingerprint)
+    return datasets
 
 
 def find_folder(path: Path, name: str) -> Path:
@@ -309,8 +345,9 @@ def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
 
 
 def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
-                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`running_rates` of the fields that the manifest names, over all splits in order of time; by split."""
+                   manifest: Mapping[str, Any], labels: Sequence[str],
+                   counted: NDArray[np.bool_] | None) -> dict[str, pd.DataFrame]:
+    """`running_rates` of the fields that the manifest names, over all tables in order of time; by table."""
     rows = pd.concat(tables.values(), ignore_index=True)
     groups = {}
     for field in manifest["rates"]:
@@ -318,7 +355,7 @@ def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[s
                               for key, table in feature_tables.values() if field in table.columns),
                              (rows.get(field), np.arange(len(rows))))
         groups[field] = _categorical_column(values.to_numpy(), index).codes
-    rates = running_rates(rows, groups, labels)
+    rates = running_rates(rows, groups, labels, counted)
     ends = np.cumsum([len(table) for table in tables.values()])
     return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}
 

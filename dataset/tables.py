@@ -239,7 +239,7 @@ def read_feature_table(path: Path, key: str, fields: Sequence[str]) -> FeatureTa
     return FeatureTable(key, table)
 
 
-def read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
+def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = False) -> pd.DataFrame:
     labels = [str(task["label"]) for task in manifest["tasks"]]
     keys = [str(table["key"]) for table in manifest["tables"].values()]
     event_times = [f"{label}_time" for label in labels]
@@ -249,7 +249,7 @@ def read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
         **dict.fromkeys(labels, "label"),
         **dict.fromkeys(event_times, "optional_id"),
     }
-    table = read_table(path, schema, optional=["sessionid", "visitorid", *event_times])
+    table = read_table(path, schema, optional=["sessionid", "visitorid", *event_times, *labels * labels_optional])
     if "sessionid" not in table:
         if "visitorid" not in table:
             raise UserError(f"{path}, line 1: column 'sessionid' is missing (or the published 'visitorid')")
