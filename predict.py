@@ -39,7 +39,7 @@ class PredictArguments(Settings):
                               "rank what could be shown")
     out: str = option("scores.csv", "where the scores are written")
     export: str = option("", "write the model to this file, .pt2 (torch.export) or .onnx")
-    dataset_name: str = option("", "the data set whose rows are the history (default that of the model's training)",)
+    dataset_name: str = option("", "the data set whose rows are the history (default that of the model's training)")
     dataset_path: str = option("dataset", "the folder of data sets")
     device: str = option("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
 
@@ -61,9 +61,10 @@ def main(settings: PredictArguments) -> None:
         print(f"saved {export}")
         return
     check_writable(out.parent, files=[out])
-    name = settings.dataset_name or model.metadata.get("dataset_name", "")  # type: ignore[operator]
-    folder = find_folder(Path(settings.dataset_path), name) if name else None
-    score(Predictor(model, path, folder), Path(settings.rows) if settings.rows else None, settings, out)
+    predictor = Predictor(model, path)
+    if name := settings.dataset_name or predictor.metadata.get("dataset_name"):
+        predictor.dataset = find_folder(Path(settings.dataset_path), name)
+    score(predictor, Path(settings.rows) if settings.rows else None, settings, out)
 
 
 def score(predictor: Predictor, source: Path | None, settings: PredictArguments, out: Path) -> None:

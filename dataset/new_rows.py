@@ -134,8 +134,9 @@ def _find_logged(logged: pd.DataFrame, rows: pd.DataFrame, names: Sequence[str])
     order = order[np.isin(logged["timestamp"].to_numpy()[order], rows["timestamp"].to_numpy())]
 
     def numbered(table: pd.DataFrame) -> pd.DataFrame:
-        columns = table[[*names]].apply(lambda values: values if values.dtype.kind == "i" else
-                                        [normalize_category(value) for value in values])
+        columns = pd.DataFrame({name: table[name].to_numpy() if table[name].dtype.kind == "i" else
+                                np.array([normalize_category(value) for value in table[name]], dtype=object)
+                                for name in names})
         return columns.assign(number=columns.groupby([*names]).cumcount())
 
     known = numbered(logged.iloc[order]).assign(position=order)

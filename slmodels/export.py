@@ -13,6 +13,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,8 +21,10 @@ from torch.export import Dim, ExportedProgram
 
 from common.errors import UserError
 from common.fileio import atomic_file
+from dataset.vocabulary import Catemapper
 
 FORMATS = (".pt2", ".onnx")
+MAX_ONNX_BYTES = 2**31  # of one protobuf message
 DESCRIPTION = "rmtl.json"  # the name, in a file, of the JSON with the metadata and the vocabulary
 
 
@@ -31,7 +34,7 @@ def check_export(path: Path) -> None:
         raise UserError(f"{path}: unknown format '{path.suffix}': {' or '.join(FORMATS)}")
     if path.suffix == ".onnx":
         try:
-            import onnxscript  # noqa: F401, PLC0415
+            import onnxscript  # noqa: F401
         except ImportError as error:
             raise UserError(f"{path}: {error.name} is not installed: pip install -r requirements/export.txt") from error
 
@@ -45,8 +48,11 @@ def export_model(model: nn.Module, path: str | Path) -> None:
     """
     path = Path(path)
     check_export(path)
-    description = json.dumps({"metadata": model.metadata,
-                              "catemapper": model.catemapper and model.catemapper.state_dict()})  # type: ignore[operator]
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    if path.suffix == ".onnx" and size >= MAX_ONNX_BYTES:
+        raise UserError(f"{path}: the model has {size / 2**30:.1f} GiB, an ONNX file takes less than 2: export to .pt2")
+    catemapper = model.catemapper.state_dict() if isinstance(model.catemapper, Catemapper) else None
+    description = json.dumps({"metadata": model.metadata, "catemapper": catemapper})
     program = export_program(model)
     with atomic_file(path) as partial, _quiet():
         if path.suffix == ".pt2":
@@ -62,9 +68,10 @@ def export_model(model: nn.Module, path: str | Path) -> None:
 
 def export_program(model: nn.Module) -> ExportedProgram:
     """The graph of a model in eval mode, of any number of rows."""
-    fields, numbers = len(model.metadata["field_dims"]), model.metadata["numerical_num"]  # type: ignore[index, arg-type]
-    rows = (3, model.window) if model.window else (3,)
-    example = torch.zeros(*rows, fields, dtype=torch.int64), torch.zeros(*rows, numbers)  # type: ignore[arg-type]
+    metadata = cast(dict[str, Any], model.metadata)
+    rows = (3, metadata["window"]) if metadata["window"] else (3,)
+    example = (torch.zeros(*rows, len(metadata["field_dims"]), dtype=torch.int64),
+               torch.zeros(*rows, metadata["numerical_num"]))
     batch = {0: Dim("batch")}
     with torch.no_grad(), _quiet():
         return torch.export.export(copy.deepcopy(model).cpu().eval(), example, dynamic_shapes=(batch, batch),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -46,16 +46,14 @@ class Predictor:
     @functools.cached_property
     def log(self) -> Log:
         """The tables of the data set. Raises UserError where they do not have the model's fields and tasks."""
-        metadata, catemapper = self.metadata, self.model.catemapper
-        if not isinstance(catemapper, Catemapper):
-            raise UserError(f"{self.path}: has no vocabulary, so it reads no rows: give a model that SLmain.py wrote")
+        metadata = self.metadata
         if metadata["features"] != ("" if metadata["numerical"] == "none" else features_version()):
             raise UserError(f"{self.path}: {DIFFERS['features']}: train it anew: python3 SLmain.py --model_name=NAME")
         log = read_log(self.folder)
         tasks = [str(task["name"]) for task in log.manifest["tasks"]][: len(metadata["tasks"])]
         if not tasks or metadata["tasks"] != tasks:
             raise self._misfit(f"tasks {', '.join(metadata['tasks'])}", f"{', '.join(tasks)}")
-        missing = [field for field in catemapper.ids if field not in log.manifest["categorical"]]
+        missing = [field for field in self.catemapper.ids if field not in log.manifest["categorical"]]
         if missing:
             raise self._misfit(f"field '{missing[0]}'", f"{', '.join(log.manifest['categorical'])}")
         return log
@@ -63,7 +61,15 @@ class Predictor:
     @property
     def metadata(self) -> dict[str, Any]:
         """The metadata of the model's file."""
-        return self.model.metadata  # type: ignore[return-value]
+        return cast(dict[str, Any], self.model.metadata)
+
+    @property
+    def catemapper(self) -> Catemapper:
+        """The vocabulary of the model's file. Raises UserError where it has none."""
+        catemapper = self.model.catemapper
+        if not isinstance(catemapper, Catemapper):
+            raise UserError(f"{self.path}: has no vocabulary, so it reads no rows: give a model that SLmain.py wrote")
+        return catemapper
 
     def predict(self, table: pd.DataFrame, candidates: bool = False) -> pd.DataFrame:
         """Score rows: one column of probabilities (n,) for each task, named after it, with the index of `table`.
@@ -87,9 +93,9 @@ class Predictor:
         if metadata["data"] != self.log.fingerprint and metadata.get("numerical_names") != new.dataset.numerical_names:
             raise self._misfit(f"numerical features {', '.join(metadata.get('numerical_names', ['of unknown names']))}",
                                ", ".join(new.dataset.numerical_names))
-        self.model.catemapper.map(new.dataset)  # type: ignore[union-attr, operator]
+        self.catemapper.map(new.dataset)
         device = next(self.model.parameters()).device
-        loader = TensorLoader(new.dataset, BATCH, device, window=self.model.window)  # type: ignore[arg-type]
+        loader = TensorLoader(new.dataset, BATCH, device, window=metadata["window"])
         self.model.eval()
         with torch.no_grad():
             chunks = [self.model(*loader.take(index.to(device))[:2])
@@ -97,24 +103,25 @@ class Predictor:
         result = pd.DataFrame(torch.cat(chunks).cpu().numpy(), columns=tasks, index=table.index)
         if not np.isfinite(result.to_numpy()).all():
             raise UserError(f"{self.path}: predictions contain NaN/Inf")
-        result.attrs["notes"] = self._notes(table, new)
+        result.attrs["notes"] = self._notes(table, new, candidates)
         return result
 
-    def _notes(self, table: pd.DataFrame, new: NewRows) -> list[str]:
+    def _notes(self, table: pd.DataFrame, new: NewRows, candidates: bool) -> list[str]:
         """What to know of scored rows, one line each."""
-        rows, log = len(table), self.log
-        notes = [f"{rows:,} rows, {rows - int(new.is_logged.sum()):,} of them not in the log of {self.folder}"]
+        log = self.log
+        notes = [f"{len(table):,} rows" + (", each as the next impression of its session" if candidates else
+                                           f", {int((~new.is_logged).sum()):,} of them not in the log of {self.folder}")]
         if self.metadata["data"] != log.fingerprint:
             notes.append(f"{self.folder} is not the data that the model was trained on; its log is the history")
         unlabelled = [label for label in log.labels if label not in table]
-        if unlabelled and not new.is_logged.all():
+        if unlabelled and not candidates and not new.is_logged.all():
             notes.append(f"no column {', '.join(unlabelled)}: outcomes of new rows count as not having happened")
         for name, features in log.feature_tables.items():
             known = np.isin(new.dataset.keys[features.key][new.positions], features.table[features.key].to_numpy())
             if not known.all():
                 notes.append(f"{features.key}: {int((~known).sum()):,} rows have one that is not in {name}: its fields "
                              "count as missing")
-        for name, ids in self.model.catemapper.ids.items():  # type: ignore[union-attr]
+        for name, ids in self.catemapper.ids.items():
             column = new.dataset.fields[name]
             values, counts = np.unique(column.codes[new.positions], return_counts=True)
             unseen = [(code, count) for code, count in zip(values, counts, strict=True)
@@ -125,5 +132,5 @@ class Predictor:
         return notes
 
     def _misfit(self, needs: str, found: str) -> UserError:
-        return UserError(f"{self.path}: the model has the {needs}, but {self.folder} has {found}: give the data set that "
-                         "it was trained on, or train it anew: python3 SLmain.py --model_name=NAME")
+        return UserError(f"{self.path}: the model has the {needs}, but {self.folder} has {found}: give the data "
+                         "set that it was trained on, or train it anew: python3 SLmain.py --model_name=NAME")
