@@ -20,7 +20,6 @@ from common.device import pick_device
 from common.errors import UserError, cli_entry_point
 from common.fileio import atomic_file, check_writable
 from dataset.new_rows import id_columns
-from dataset.rtrl import find_folder
 from dataset.tables import SPLITS, read_split
 from slmodels.export import check_export, export_model
 from slmodels.model_file import load_model
@@ -61,9 +60,7 @@ def main(settings: PredictArguments) -> None:
         print(f"saved {export}")
         return
     check_writable(out.parent, files=[out])
-    predictor = Predictor(model, path)
-    if name := settings.dataset_name or predictor.metadata.get("dataset_name"):
-        predictor.dataset = find_folder(Path(settings.dataset_path), name)
+    predictor = Predictor(model, path, settings.dataset_path, settings.dataset_name)
     score(predictor, Path(settings.rows) if settings.rows else None, settings, out)
 
 

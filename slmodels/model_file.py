@@ -78,8 +78,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dataset: st
     data set the ids that it was trained with: `model.catemapper.map(split)`; and `predict`, which scores the rows of a
     table (`slmodels.predictor.Predictor.predict`). Raises UserError.
 
-    dataset: the folder of the data set whose rows are the history of those to score; default: that of the training, in
-        `dataset/`. It is read at the first `predict`.
+    dataset: the folder of the data set whose rows are the history of those to score, or the one above it; default: that
+        of the training, in `dataset/`. It is read at the first `predict`.
     """
     path, hint = Path(path), "train it anew: python3 SLmain.py --model_name=NAME"
     saved = load_tensors(path, hint)
@@ -88,7 +88,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dataset: st
                       if name not in ("weights", "catemapper", "settings")}
     mapping = saved.get("catemapper")
     model.catemapper = Catemapper.from_state_dict(mapping, path) if mapping else None  # type: ignore[assignment]
-    model.predict = Predictor(model, path, dataset).predict  # type: ignore[assignment]
+    model.predict = Predictor(model, path, dataset or "dataset").predict  # type: ignore[assignment]
     return model
 
 

@@ -28,20 +28,22 @@ class Predictor:
     Args:
         model: a model with its `metadata` and `catemapper`, as `load_model` gives it.
         path: of its file, for messages.
-        dataset: the folder of the data set, or its parent; None: the one the model was trained on, in `dataset/`.
+        datasets: the folder of data sets, or that of the data set itself.
+        name: of the data set; default: that of the one which the model was trained on.
     """
 
-    def __init__(self, model: nn.Module, path: Path, dataset: str | Path | None = None) -> None:
-        self.model, self.path, self.dataset = model, path, dataset
+    def __init__(self, model: nn.Module, path: Path, datasets: str | Path = "dataset", name: str = "") -> None:
+        self.model, self.path, self.datasets = model, path, Path(datasets)
+        self.name = name or str(self.metadata.get("dataset_name", ""))
 
     @property
     def folder(self) -> Path:
-        """The folder of the data set. Raises UserError where the model's file does not name it."""
-        name = self.metadata.get("dataset_name")
-        if self.dataset is None and not name:
-            raise UserError(f"{self.path}: does not say which data set it was trained on: name its folder (predict.py: "
-                            "--dataset_name; load_model: dataset=...)")
-        return find_folder(Path("dataset" if self.dataset is None else self.dataset), str(name or ""))
+        """The folder of the data set. Raises UserError where nothing says its name."""
+        folder = find_folder(self.datasets, self.name)
+        if not self.name and folder == Path("dataset"):
+            raise UserError(f"{self.path}: does not say which data set it was trained on: name it (predict.py: "
+                            "--dataset_name=NAME; load_model: dataset=FOLDER)")
+        return folder
 
     @functools.cached_property
     def log(self) -> Log:
@@ -108,13 +110,13 @@ class Predictor:
 
     def _notes(self, table: pd.DataFrame, new: NewRows, candidates: bool) -> list[str]:
         """What to know of scored rows, one line each."""
-        log = self.log
-        notes = [f"{len(table):,} rows" + (", each as the next impression of its session" if candidates else
-                                           f", {int((~new.is_logged).sum()):,} of them not in the log of {self.folder}")]
+        log, new_rows = self.log, int((~new.is_logged).sum())
+        notes = [f"{len(table):,} rows, " + ("each as the next impression of its session" if candidates else
+                                             f"{new_rows:,} of them not in the log of {self.folder}")]
         if self.metadata["data"] != log.fingerprint:
             notes.append(f"{self.folder} is not the data that the model was trained on; its log is the history")
         unlabelled = [label for label in log.labels if label not in table]
-        if unlabelled and not candidates and not new.is_logged.all():
+        if unlabelled and new_rows and not candidates:
             notes.append(f"no column {', '.join(unlabelled)}: outcomes of new rows count as not having happened")
         for name, features in log.feature_tables.items():
             known = np.isin(new.dataset.keys[features.key][new.positions], features.table[features.key].to_numpy())

@@ -68,7 +68,7 @@ def order_in(dataset: RetailRocketRLDataset, table: pd.DataFrame) -> Any:
     return position["row"].to_numpy()[np.argsort(of_table["index"].to_numpy())]
 
 
-# ------------------------------------------------------------------------------------------------- as the log's own rows
+# ------------------------------------------------------------------------------------------------ as the log's own rows
 
 
 @HISTORIES
@@ -137,7 +137,7 @@ def test_published_tables_may_share_sessions(rt_tables: Path, tmp_path: Path) ->
                                       split.numerical[order_in(split, log.tables[name])])
 
 
-# ----------------------------------------------------------------------------------------------------------- candidates
+# ---------------------------------------------------------------------------------------------------------- candidates
 
 
 @HISTORIES
@@ -166,7 +166,7 @@ def test_logged_candidates_have_their_split_features(history: str) -> None:
     assert_same(new, expected, order_in(expected, table)[single.to_numpy()])
 
 
-# --------------------------------------------------------------------------------------------------------- what is wrong
+# -------------------------------------------------------------------------------------------------------- what is wrong
 
 
 ROWS = small_log("").tables["test"]
