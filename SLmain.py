@@ -32,7 +32,7 @@ from common.errors import cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
-from layers import standardize
+from layers import set_embedding_dropout, standardize
 from slmodels.model_file import keep_previous, save_model
 from train.Arguments import SLArguments, parse
 from train.memory_estimate import check_training, network_size
@@ -41,6 +41,7 @@ from train.polish import RlLossPolisher, comparison_table, find_critics, make_po
 from train.run import get_dataset, get_model, slpred, sltest, sltrain
 from train.supervised import Training, bce_loss, evaluate, evaluation_loader, loss_by_weight_decile
 from train.task_weighting import make_task_weighting
+from train.tracking import Trackers
 from train.utils import EarlyStopper
 
 
@@ -129,8 +130,13 @@ def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     print("\n" + comparison_table(settings, start, baseline_metrics, metrics, last_metrics, names))
     if training.stopper.best_epoch == 0:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
-    print(f"saved {run_dir.model} and, of the last epoch, {run_dir.last_model}; weights: {run_dir.weights_plot}, "
-          f"curves: {run_dir.curves}")
+    weights = ""
+    if polisher.method != "constant":
+        last = training.history[-1]
+        print("the loss of an epoch is the weighted one; mean weight in the last epoch: "
+              + ", ".join(f"{name} {last.get(f'weight_mean_{name}', float('nan')):.2f}" for name in names))
+        weights = f"weights: {run_dir.weights_plot}, "
+    print(f"saved {run_dir.model} and, of the last epoch, {run_dir.last_model}; {weights}curves: {run_dir.curves}")
     return metrics
 
 
@@ -146,6 +152,7 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     set_seed(settings.seed)
     model = build()
     standardize(model, torch.from_numpy(splits.train.numerical))
+    set_embedding_dropout(model, settings.embed_dropout)
     return model.to(device)
 
 
@@ -172,7 +179,8 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
         torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True),
         EarlyStopper(settings.patience), settings.run_dir, save, device, task_num=settings.task_num,
         batch_size=settings.batch_size, seed=settings.seed, polisher=polisher,
-        weighting=make_task_weighting(settings.weighting, settings.task_num, settings.learning_rate, device))
+        weighting=make_task_weighting(settings.weighting, settings.task_num, settings.learning_rate, device),
+        trackers=Trackers(settings.track))
 
 
 def fit(training: Training, epochs: int, after_epoch: Callable[[], None] | None = None) -> None:

@@ -29,7 +29,7 @@ from common.errors import UserError
 from common.finite import NonFiniteMonitor, first_nonfinite_tensor
 from common.run_dir import NETWORK_NAMES, baseline_path, network_path
 from env import Floats, describe, to_action_space
-from layers import Critic, CriticNeg, MultiTaskModel
+from layers import Critic, CriticNeg, MultiTaskModel, set_embedding_dropout
 from layers.sequence import SequenceCritic, SequenceModel, make_critic
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_from_file, save_model
 
@@ -53,7 +53,7 @@ class DDPG_ESMM:
         tau, soft_update_freq: coefficient of Polyak averaging of the targets, and updates between two of them.
         actor_update_freq, init_training_step: the actor trains every so many updates, after so many.
         ips: weight the critics' losses by inverse propensities (`sample_weights`).
-        drop_out: dropout probability of hidden units.
+        drop_out, embed_dropout: dropout probability of hidden units, and of the actor's embeddings.
         actor_lr, critic_lr: of Adam.
         encoder, critic_encoder: what actor and critics read of the session (`layers.sequence`), or none.
 
@@ -69,8 +69,8 @@ class DDPG_ESMM:
                  actor_reg: float = 0.0, tau: float = 0.2, soft_update_freq: int = 2, actor_update_freq: int = 2,
                  init_training_step: int = 10_000, ips: bool = False, batch_size: int = 512, drop_out: float = 0.2,
                  actor_lr: float = 1e-3, critic_lr: float = 1e-3, *, dataset_name: str = "rt",
-                 encoder: str = "none", critic_encoder: str = "same", device: torch.device | str = "cpu",
-                 seed: int = 2022) -> None:
+                 encoder: str = "none", critic_encoder: str = "same", embed_dropout: float = 0.0,
+                 device: torch.device | str = "cpu", seed: int = 2022) -> None:
         self.env, self.gamma, self.tau, self.device, self.seed = env, gamma, tau, device, seed
         self.noise_mean, self.noise_variance, self.actor_reg, self.ips = ou_noise_theta, ou_noise_gamma, actor_reg, ips
         self.soft_update_freq, self.actor_update_freq = soft_update_freq, actor_update_freq
@@ -89,6 +89,7 @@ class DDPG_ESMM:
         self.metadata = {name: value for name, value in saved.items()
                          if name not in ("weights", "catemapper", "settings")}
         actor = model_from_file(saved, path, hint, drop_out).to(device)
+        set_embedding_dropout(actor, embed_dropout)
         self.pretrain_actor, self.actor, self.actor_target = actor, copy.deepcopy(actor), copy.deepcopy(actor)
         widths = saved["embed_dim"], saved["bottom_mlp_dims"], saved["tower_mlp_dims"]
         self.critic1, self.critic2 = (

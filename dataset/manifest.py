@@ -64,7 +64,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     for entry in ("long_tailed", "rates"):
         if not isinstance(manifest[entry], list):
             raise UserError(f"{path}: '{entry}' is a list of fields")
-        _require_known(path, entry, manifest[entry], categorical, "it is not in 'categorical'")
+        names = [name for field in manifest[entry] for name in (str(field).split("&") if entry == "rates" else [field])]
+        _require_known(path, entry, names, [*categorical, *keys] if entry == "rates" else categorical,
+                       "it is not in 'categorical'")
     labels = [task["label"] for task in tasks]
     columns = ["timestamp", "sessionid", "visitorid", *context, *labels, *(f"{label}_time" for label in labels),
                *set(keys)]

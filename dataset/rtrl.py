@@ -347,14 +347,24 @@ def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
 def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
                    manifest: Mapping[str, Any], labels: Sequence[str],
                    counted: NDArray[np.bool_] | None) -> dict[str, pd.DataFrame]:
-    """`running_rates` of the fields that the manifest names, over all tables in order of time; by table."""
+    """`running_rates` of the fields and pairs that the manifest names, over all tables in order of time; by table."""
     rows = pd.concat(tables.values(), ignore_index=True)
-    groups = {}
-    for field in manifest["rates"]:
+
+    def codes(field: str) -> Ids:
+        if field in (key for key, _ in feature_tables.values()):
+            return pd.factorize(rows[field])[0]
         values, index = next(((table[field], pd.Index(table[key]).get_indexer(pd.Index(rows[key])))
                               for key, table in feature_tables.values() if field in table.columns),
                              (rows.get(field), np.arange(len(rows))))
-        groups[field] = _categorical_column(values.to_numpy(), index).codes
+        return _categorical_column(values.to_numpy(), index).codes
+
+    groups = {}
+    for entry in manifest["rates"]:
+        groups[entry], *others = map(codes, entry.split("&"))
+        for other in others:  # a value is a pair of values, missing where one of them is
+            pair = np.where(np.minimum(groups[entry], other) < 0, -1, groups[entry] * (other.max() + 1) + other)
+            values, groups[entry] = np.unique(pair, return_inverse=True)
+            groups[entry] -= int(values[0] < 0)
     rates = running_rates(rows, groups, labels, counted)
     ends = np.cumsum([len(table) for table in tables.values()])
     return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}

@@ -56,7 +56,8 @@ class PreparedDataset:
         history_key: the key, such as the user's, over whose earlier rows the session features are computed; "": over
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
-        rates: fields whose counts and rates so far are numerical features (`dataset.features.running_rates`).
+        rates: fields, keys or pairs of them, such as userid&tab, whose counts and rates so far are numerical features
+            (`dataset.features.running_rates`).
         tasks: objects with "name" and "label"; the first is CTR.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
     """

@@ -46,6 +46,9 @@ class ExperimentArguments(Settings):
     expert_num: int = option(8, "E, experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     feature_map_rate: float = option(0.2, "as in SLmain.py", low=0, high=1)
     learning_rate: float = option(1e-3, "learning rate of all supervised runs", low=0)
+    batch_size: int = option(2048, "batch size of all supervised runs", low=1)
+    dropout: float = option(0.2, "dropout of all models and critics", low=0, high=0.99)
+    embed_dropout: float = option(0.0, "dropout of the embeddings of all models", low=0, high=0.99)
     epoch: int = option(50, "maximum epochs of a supervised run", low=1)
     critic_batch: int = option(2048, "batch size of a critic update", low=1)
     critic_updates: int = option(50, "critic updates per epoch", low=1)
@@ -237,15 +240,17 @@ class ExperimentRun:
         shared: dict[str, Any] = {
             "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,
             "save_dir": str(folder), "pretrain_path": str(pretrain), "embed_dim": experiment.embed_dim,
-            "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate}
+            "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate,
+            "embed_dropout": experiment.embed_dropout}
         if condition.program == "RLmain.py":
             return RLArguments(**shared, **{
                 "actor_name": condition.model, "memory_path": str(folder / "memory.npz"),
-                "batch_size": experiment.critic_batch, "epoch_updates": experiment.critic_updates,
-                "epoch": experiment.critic_epoch, **condition.overrides})
+                "batch_size": experiment.critic_batch, "drop_out": experiment.dropout,
+                "epoch_updates": experiment.critic_updates, "epoch": experiment.critic_epoch, **condition.overrides})
         if condition.critics:
             shared |= {"critic_dir": str(self.folder(experiment, condition.critics)),
                        "critic_model": condition.critics[0]}
         kind = ControlArguments if condition.program == CONTROL else SLArguments
-        return kind(**shared, **{"model_name": condition.model, "learning_rate": experiment.learning_rate,
-                                 "epoch": experiment.epoch, **condition.overrides})
+        return kind(**shared, **{name: getattr(experiment, name)
+                                 for name in ("learning_rate", "batch_size", "dropout", "epoch")},
+                    **{"model_name": condition.model, **condition.overrides})

@@ -8,8 +8,8 @@
   outcomes follow in the session, what critics learn, without RL (after Labarca Silva et al., ICML 2024: in place of RL
   as an auxiliary loss, a prediction of the number of items the user interacted with does as well). The column `loss`
   of metrics.csv includes it; the saved model has no head.
-- average: fine-tuning with constant weights; what is validated, tested and saved is the mean of the weights after each
-  epoch so far (Izmailov et al., UAI 2018).
+- average: fine-tuning with constant weights; what is validated, tested and saved is the mean of the baseline's weights
+  and of those after each epoch so far (Izmailov et al., UAI 2018).
 - ensemble: the mean of the predictions of the baseline and of a second one, which this run trains, with seed + 1000 and
   otherwise the same settings: the budget of a whole baseline, more than that of fine-tuning. Its metrics.csv has one
   row of validation, epoch 0.
@@ -119,16 +119,17 @@ class Auxiliary(MultiTaskModel):
 
 
 class Average(MultiTaskModel):
-    """A model that trains, and the mean of its weights after each epoch, which predicts."""
+    """A model that trains, and the mean of its weights at the start and after each epoch, which predicts."""
 
     saved: ClassVar[str] = "average.module."
 
     def __init__(self, model: MultiTaskModel) -> None:
         super().__init__()
         self.model, self.average = model, AveragedModel(model)
+        self.update()
 
     def update(self) -> None:
-        """Take the weights of an epoch into the mean."""
+        """Take the present weights into the mean."""
         self.average.update_parameters(self.model)
 
     def batch_forward(self, categorical_x: Tensor, numerical_x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 
 from common.fileio import write_text
 from experiments.plots import plot_differences, plot_learning, plot_sensitivity, plot_weights
-from experiments.statistics import ALPHA, CONTROLS, REFERENCE, Pair, PairedTest, Results
+from experiments.statistics import ALPHA, CONTROLS, MAIN_PAIRS, REFERENCE, Pair, PairedTest, Results
 
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
           "controls": "Controls without critics", "transfer": "Critics of another model", "lambda": "Lambda",
@@ -49,9 +49,8 @@ def _section(results: Results, dataset: str, out: Path) -> str:
     parts = [f"## {dataset}"]
     if results.models:
         plot_differences(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
-        against = (("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))
         parts += [headline(results), f"![differences in AUC]({dataset}_gain.png)", main_table(results),
-                  difference_table(results, [(model, *pair) for model in results.models for pair in against])]
+                  difference_table(results, [(model, *pair) for model in results.models for pair in MAIN_PAIRS])]
         if len(results.rows(*REFERENCE)):
             parts += ["### Against gradient-boosted trees",
                       "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import platform
@@ -44,17 +45,19 @@ Row = dict[str, str]
 def run_experiments(settings: ExperimentArguments, path: Path, executor: Executor | None = None) -> str:
     """Run all conditions that results.csv at `path` lacks. Return a message about failed runs, "" for none.
 
+    Rows of the same settings that `--tables` or `--name_filter` leave out stay in results.csv.
+
     Args:
         executor: where at most `--workers` runs execute at a time, such as Dask's `Client.get_executor()`, with this
             directory shared; default: a pool of processes, or this process for one worker.
     """
     datasets = settings.datasets.split(",")
-    runs = {run.key: run for dataset in datasets for condition in conditions(settings) for seed in settings.all_seeds
-            for run in [ExperimentRun(dataset, condition, seed)]}
+    runs = _all_runs(settings)
+    every = _all_runs(replace(settings, tables="", name_filter=""))
     if settings.quick:
         _make_quick_dataset(Path(settings.dataset_path))
     fingerprints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in datasets}
-    rows = _reusable_rows(path, settings, runs, fingerprints)
+    rows = _reusable_rows(path, settings, every, fingerprints)
     pending = _pending(runs, rows, settings)
     workers = min(settings.workers or os.cpu_count() or 1, max(1, len(pending)))
     graph = TopologicalSorter({key: [dependency for dependency in runs[key].dependencies if dependency in pending]
@@ -84,14 +87,21 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
                     failed[key] = str(error)
                     bar.write(f"failed: {name}: {error}")
                 else:
-                    write_results(path, [rows[key] for key in runs if key in rows])
-                    bar.write(f"{len(rows):>{len(str(len(runs)))}} of {len(runs)}: {name}, {rows[key]['seconds']} s")
+                    write_results(path, [rows[key] for key in every if key in rows])
+                    finished = len(rows.keys() & runs.keys())
+                    bar.write(f"{finished:>{len(str(len(runs)))}} of {len(runs)}: {name}, {rows[key]['seconds']} s")
                 bar.update()
     if not failed:
         return ""
     key = next(key for key in runs if key in failed)
     return (f"{len(failed)} of {len(runs)} runs failed, the first: {' '.join(map(str, key))}: {failed[key]}; the same "
             "command runs them again")
+
+
+def _all_runs(settings: ExperimentArguments) -> dict[Key, ExperimentRun]:
+    """The selected conditions on every data set with every seed, in order."""
+    runs = itertools.product(settings.datasets.split(","), conditions(settings), settings.all_seeds)
+    return {run.key: run for run in itertools.starmap(ExperimentRun, runs)}
 
 
 def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
@@ -199,7 +209,10 @@ def _reusable_rows(path: Path, settings: ExperimentArguments, runs: Mapping[Key,
 
     reusable = {key: row for key, row in same.items() if is_reusable(key)}
     if len(reusable) < len(rows):
-        print(f"{path}: discarding {len(rows) - len(reusable)} of {len(rows)} rows with different settings or data")
+        previous = path.with_name("results.previous.csv")
+        shutil.copy(path, previous)
+        print(f"{path}: discarding {len(rows) - len(reusable)} of {len(rows)} rows with different settings or data; "
+              f"they stay in {previous}")
     return reusable
 
 

@@ -11,8 +11,9 @@ from layers.layers import (
     Gate,
     LazyConcat,
     MultiLayerPerceptron,
+    set_embedding_dropout,
     standardize,
 )
 
 __all__ = ["ESMM", "Critic", "CriticNeg", "EmbeddingLayer", "Experts", "FeatureEmbedding", "Gate", "LazyConcat",
-           "MultiLayerPerceptron", "MultiTaskModel", "standardize"]
+           "MultiLayerPerceptron", "MultiTaskModel", "set_embedding_dropout", "standardize"]

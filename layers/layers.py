@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from layers.ops import FieldLinear, FieldLookup, GatedSum, grouped_linear, linear_onednn, relu_dropout
+from layers.ops import FieldLinear, FieldLookup, GatedSum, dropout, grouped_linear, linear_onednn, relu_dropout
 
 
 class EmbeddingLayer(nn.Module):
@@ -75,15 +75,27 @@ class FeatureEmbedding(nn.Module):
         self.standardizer = Standardizer(numerical_num)
         self.numerical = nn.Linear(numerical_num, embed_dim)
         self.output_dim = (len(categorical_field_dims) + 1) * embed_dim
+        self.dropout = 0.0  # of embeddings: `set_embedding_dropout`
 
-    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> LazyConcat:
-        """Take ids (B, F) and numbers (B, N); return what stands for the (B, (F + 1) D) concatenation.
+    def forward(self, categorical_x: Tensor, numerical_x: Tensor) -> LayerInput:
+        """Take ids (B, F) and numbers (B, N); return the (B, (F + 1) D) concatenation, or what stands for it.
 
         Of windows over a session, (B, W, F) and (B, W, N), only the present impression, the last, is looked at.
         """
         if categorical_x.ndim == 3:
             categorical_x, numerical_x = categorical_x[:, -1], numerical_x[:, -1]
-        return LazyConcat(self.embedding, self.numerical, categorical_x, self.standardizer(numerical_x))
+        numerical_x = self.standardizer(numerical_x)
+        if self.training and self.dropout:
+            embedded = dropout(self.embedding(categorical_x).flatten(1), self.dropout)
+            return torch.cat([embedded, self.numerical(numerical_x)], dim=1)
+        return LazyConcat(self.embedding, self.numerical, categorical_x, numerical_x)
+
+
+def set_embedding_dropout(network: nn.Module, p: float) -> None:
+    """Let a network drop each number of an embedding with this probability in training; numerical features stay."""
+    for module in network.modules():
+        if isinstance(module, FeatureEmbedding):
+            module.dropout = p
 
 
 class LazyConcat:

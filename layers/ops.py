@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -173,27 +173,14 @@ class GatedSum(torch.autograd.Function):
 
 
 class ReluDropout(torch.autograd.Function):
-    """ReLU, then dropout with probability p: what passes is scaled by 1 / (1 - p).
-
-    On a CPU torch draws its masks one number after the other, a quarter of a training step. Here one torch number
-    seeds PCG64, which fills 16 bits a number; p is rounded to a multiple of 2^-16. The mask need not be kept: what
-    passed is positive. Work goes in blocks that stay in the processor's cache.
-    """
+    """ReLU, then dropout with probability p: what passes is scaled by 1 / (1 - p). The mask need not be kept: what
+    passed is positive."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        dropped = round(p * 65536)
-        ctx.scale = 65536 / (65536 - dropped)
-        word_offset, bit_offset = divmod(distributed.first_row() * x[0].numel(), 4)  # in the whole batch's numbers
-        generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(word_offset)
-        end = bit_offset + x.numel()
-        random_bits = generator.random_raw(-(-end // 4)).view(np.int16)[bit_offset:end]
-        output, rows = torch.empty_like(x), max(1, CHUNK_SIZE // x[0].numel())
-        blocks = zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows), output.split(rows),
-                     strict=True)
-        for block, bits, result in blocks:
-            # A mask of numbers, by way of bytes: multiplying by booleans would convert them one at a time.
-            mask = (bits >= dropped - 32768).view(torch.uint8).to(x.dtype).mul_(ctx.scale)
+        output = torch.empty_like(x)
+        ctx.scale = dropout_scale(p)
+        for block, mask, result in masked_blocks(x, p, output):
             torch.clamp(block, min=0, out=result).mul_(mask)
         ctx.save_for_backward(output)
         return output
@@ -202,6 +189,48 @@ class ReluDropout(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (output,) = ctx.saved_tensors
         return torch.ops.aten.threshold_backward(grads[0], output, 0).mul_(ctx.scale), None
+
+
+class Dropout(torch.autograd.Function):
+    """Dropout with probability p of numbers that are not 0: what is 0 in the output was dropped."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        output = torch.empty_like(x)
+        ctx.scale = dropout_scale(p)
+        for block, mask, result in masked_blocks(x, p, output):
+            torch.mul(block, mask, out=result)
+        ctx.save_for_backward(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (output,) = ctx.saved_tensors
+        return grads[0].mul(ctx.scale).masked_fill_(output == 0, 0.0), None
+
+
+def masked_blocks(x: Tensor, p: float, output: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Blocks of rows of x, their dropout masks, 0 or 1 / (1 - p), and the same blocks of the output.
+
+    On a CPU torch draws its masks one number after the other, a quarter of a training step. Here one torch number
+    seeds PCG64, which fills 16 bits a number; p is rounded to a multiple of 2^-16. Work goes in blocks that stay in the
+    processor's cache.
+    """
+    dropped, scale = round(p * 65536), dropout_scale(p)
+    word_offset, bit_offset = divmod(distributed.first_row() * x[0].numel(), 4)  # in the whole batch's numbers
+    generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(word_offset)
+    end = bit_offset + x.numel()
+    random_bits = generator.random_raw(-(-end // 4)).view(np.int16)[bit_offset:end]
+    rows = max(1, CHUNK_SIZE // x[0].numel())
+    for block, bits, result in zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows),
+                                   output.split(rows), strict=True):
+        # A mask of numbers, by way of bytes: multiplying by booleans would convert them one at a time.
+        yield block, (bits >= dropped - 32768).view(torch.uint8).to(x.dtype).mul_(scale), result
+
+
+def dropout_scale(p: float) -> float:
+    """1 / (1 - p), p rounded as `masked_blocks` does."""
+    return 65536 / (65536 - round(p * 65536))
 
 
 CHUNK_SIZE = 2**18  # numbers
@@ -214,3 +243,8 @@ def relu_dropout(x: Tensor, p: float, training: bool) -> Tensor:
     if x.device.type != "cpu":
         return F.dropout(F.relu(x), p)
     return ReluDropout.apply(x, p)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """`F.dropout(x, p)`."""
+    return Dropout.apply(x, p) if x.device.type == "cpu" else F.dropout(x, p)

@@ -121,7 +121,7 @@ class RlLossPolisher:
         return weights
 
     def weight_statistics(self, task_names: Sequence[str]) -> dict[str, float]:
-        """Per task: quantiles of the weights since the last call, effective sample size and the fraction at 1.
+        """Per task: mean and quantiles of the weights since the last call, effective sample size, the fraction at 1.
 
         Effective sample size, as a fraction of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
@@ -130,6 +130,7 @@ class RlLossPolisher:
         statistics: dict[str, float] = {}
         for task, name in enumerate(task_names[: weights.shape[1]]):
             w = weights[:, task]
+            statistics[f"weight_mean_{name}"] = float(w.mean())
             for q in (0.05, 0.5, 0.95):
                 statistics[f"weight_q{100 * q:02.0f}_{name}"] = float(np.quantile(w, q))
             statistics[f"weight_ess_{name}"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
@@ -227,10 +228,14 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
             if control:
                 rows[f"control: {method}"] = control
     rows |= {f"this run: {settings.polish_method}": polished, "  its last epoch": last}
-    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}"
-                                             f"{'u-GAUC':>8}" for name in task_names)]
-    lines += [f"{title:<22}" + "".join(f"{task.auc:>12.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}"
-                                       f"{task.session_gauc:>8.4f}{task.user_gauc:>8.4f}" for task in metrics)
+    first = max(22, *(len(title) for title in rows))
+    widths = [max(12, len(f"{name} AUC") + 2) for name in task_names]
+    lines = [f"{'test split':<{first}}" + "".join(
+        f"{name + ' AUC':>{width}}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}{'u-GAUC':>8}"
+        for name, width in zip(task_names, widths, strict=True))]
+    lines += [f"{title:<{first}}" + "".join(
+        f"{task.auc:>{width}.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}{task.session_gauc:>8.4f}"
+        f"{task.user_gauc:>8.4f}" for task, width in zip(metrics, widths, strict=True))
               for title, metrics in rows.items()]
     if "control: constant" not in rows and settings.polish_method != "constant":
         lines.append("no control run found: a gain over the baseline may be due to the additional training; run the "
@@ -246,7 +251,8 @@ def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str
     run_dir = settings.run_dir
     if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
-    config, free = run_dir.read_config(), ("resume", "device", "critic_model", "critic_dir", "critic_encoder")
+    config, free = run_dir.read_config(), ("resume", "device", "track", "critic_model", "critic_dir",
+                                             "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []

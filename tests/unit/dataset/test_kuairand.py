@@ -257,13 +257,25 @@ def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
 def test_all_programs_run_on_kuairand(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     (tmp_path / "dataset").mkdir()
     (tmp_path / "dataset" / "kr").symlink_to(kr[1])
-    small = ("--dataset_name=kr", "--embed_dim=4", "--epoch=1", "--bottom_mlp_dims=8", "--tower_mlp_dims=4")
+    small = ("--dataset_name=kr", "--embed_dim=4", "--epoch=1", "--bottom_mlp_dims=16", "--tower_mlp_dims=8")
     for program, *flags in (("SLmain.py", "--model_name=esmm"),
                             ("RLmain.py", "--epoch_updates=5", "--init_episode=5", "--memory_path=pretrain/kr.npz"),
                             ("SLmain.py", "--model_name=esmm", "--polish=1")):
         result = run_in_process(tmp_path, program, *small, *flags)
         assert result.returncode == 0, result.stderr
     assert (tmp_path / "chkpt" / "SL" / "kr_esmm" / "kr_esmm_1.0.pt").exists()
+
+
+def test_rates_of_user_and_tab_by_hand(kr: tuple[pd.DataFrame, Path]) -> None:
+    """How often a user was shown something in the row's tab before, and the log-odds of the smoothed click rate."""
+    rows = by_row(kr[1])
+    for _, row in rows.sample(20, random_state=0).iterrows():
+        earlier = rows[rows["timestamp"] < row["timestamp"]]
+        same = earlier[(earlier["userid"] == row["userid"]) & (earlier["tab"] == row["tab"])]
+        assert row["userid&tab count"] == pytest.approx(np.log1p(len(same)), rel=1e-6)
+        known = [int((part["click_time"] < row["timestamp"]).sum()) for part in (same, earlier)]
+        rate = (known[0] + 20 * (known[1] + 0.5) / (len(earlier) + 1)) / (len(same) + 20)
+        assert row["userid&tab click rate"] == pytest.approx(np.log(rate / (1 - rate)), rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.skipif(not SAMPLE.exists(), reason="the real sample is absent")

@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Executor, Future
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -73,8 +74,8 @@ class FakeExecutor(Executor):
         return future
 
 
-def run_fake(executor: FakeExecutor, folder: Path, rt_tables: Path) -> tuple[str, list[Row]]:
-    settings = small_settings(f"--dataset_path={rt_tables.parent}", f"--out={folder}", "--workers=3")
+def run_fake(executor: FakeExecutor, folder: Path, rt_tables: Path, *flags: str) -> tuple[str, list[Row]]:
+    settings = small_settings(f"--dataset_path={rt_tables.parent}", f"--out={folder}", "--workers=3", *flags)
     path = folder / "results.csv"
     return run_experiments(settings, path, executor), read_results(path) if path.exists() else []
 
@@ -87,6 +88,18 @@ def test_given_executor_runs_dependencies_first(rt_tables: Path, tmp_path: Path)
     order = [(name, seed) for _, _, name, seed in executor.keys]
     for seed in (1, 2):
         assert order.index(("baseline", seed)) < order.index(("critics", seed)) < order.index(("RMTL", seed))
+
+
+def test_rows_of_other_tables_stay(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("experiments.runner.get_dataset", lambda *_: SimpleNamespace(fingerprint="f"))
+    run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline")
+    executor = FakeExecutor()
+    _, rows = run_fake(executor, tmp_path, rt_tables, "--tables=weighting", "--name_filter=uncertainty")
+    assert {condition for _, _, condition, _ in executor.keys} == {"uncertainty"}
+    assert {row["condition"] for row in rows} == {"baseline", "uncertainty"}
+    _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--epoch=2")
+    assert {row["condition"] for row in rows} == {"baseline"}
+    assert {row["condition"] for row in read_results(tmp_path / "results.previous.csv")} == {"baseline", "uncertainty"}
 
 
 def test_failed_run_skips_only_its_dependents(rt_tables: Path, tmp_path: Path) -> None:

@@ -11,7 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from layers import Critic, CriticNeg, EmbeddingLayer, Experts, FeatureEmbedding, Gate, MultiLayerPerceptron, standardize
+from layers import (
+    Critic,
+    CriticNeg,
+    EmbeddingLayer,
+    Experts,
+    FeatureEmbedding,
+    Gate,
+    MultiLayerPerceptron,
+    set_embedding_dropout,
+    standardize,
+)
 from layers.critic import NegReLU, zero_fraction
 from layers.layers import Standardizer, gated_sums, linear
 from layers.ops import relu_dropout
@@ -213,6 +223,24 @@ def test_the_gradient_of_dropout_is_its_mask() -> None:
     assert torch.equal(dropped, 2.0 * x * (dropped > 0))
     assert (dropped[x < 0] == 0).all()
     assert torch.equal(x, before)
+
+
+def test_embedding_dropout_spares_the_numerical_part() -> None:
+    """In training an embedding's numbers are 0 or doubled, and so are their gradients; in evaluation nothing is."""
+    source, (ids, numbers) = FeatureEmbedding(FEW, NUMBERS, 4), batch(FEW)
+    plain = source(ids, numbers).materialize()
+    set_embedding_dropout(nn.Sequential(source), 0.5)
+    dropped = source(ids, numbers)
+    width = len(FEW) * 4
+    assert torch.equal(dropped[:, width:], plain[:, width:])
+    kept = dropped[:, :width] != 0
+    assert torch.equal(dropped[:, :width], 2.0 * plain[:, :width] * kept)
+    assert 0.3 < float(kept.float().mean()) < 0.7
+    dropped[:, :width].sum().backward()
+    expected = torch.zeros_like(source.embedding.embedding.weight).index_add(
+        0, (ids + source.embedding.offsets).flatten(), 2.0 * kept.float().reshape(-1, 4))
+    assert_close(source.embedding.embedding.weight.grad, expected)
+    assert torch.equal(source.eval()(ids, numbers).materialize(), plain)
 
 
 # ------------------------------------------------------------------------------------------------------------- critics
