@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import read_tree, run_in_process, user_error_message
+from conftest import REPOSITORY, read_tree, run_in_process, user_error_message
 from torch.utils.data import DataLoader
 
 import SLmain
@@ -205,8 +207,26 @@ def test_a_field_missing_from_the_data(here: Path, tmp_path: Path) -> None:
     assert "the model has the field 'brand', but" in message
 
 
-def test_ranking_the_items_of_a_session(here: Path) -> None:
-    """The three lines of docs/serving.md: the order of the candidates' rows does not change it."""
+def test_the_page_on_serving(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/serving.md: its commands and programs run, in a copy of the folder."""
+    page = (REPOSITORY / "docs" / "serving.md").read_text(encoding="utf-8")
+    folder = Path(shutil.copytree(here, tmp_path / "copy"))
+    monkeypatch.chdir(folder)
+    pd.read_csv(TEST)[["timestamp", "sessionid", "itemid"]].to_csv("new.csv", index=False)
+    commands = re.findall(r"^    python3 predict.py (.*)$", page, re.MULTILINE)
+    assert len(commands) == 4
+    for command in commands:
+        predict(*shlex.split(command), folder=folder)
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    numbers = load_model(PLAIN).metadata["numerical_num"]
+    namespace: dict[str, Any] = {}
+    exec(compile(code.replace("torch.zeros(5, 6)", f"torch.zeros(5, {numbers})"), "the page", "exec"), namespace)
+    assert sorted(namespace["ranked"]["CTR"], reverse=True) == namespace["ranked"]["CTR"].tolist()
+    assert namespace["predictions"].shape == (5, 2)
+    assert json.loads(namespace["description"])["metadata"]["tasks"] == TASKS
+
+
+def test_ranking_is_independent_of_the_order(here: Path) -> None:
     last = pd.read_csv(TEST).iloc[-1]
     items = pd.read_csv("dataset/rt/item_feadf.csv")["itemid"][:20]
     candidates = pd.DataFrame({"timestamp": last["timestamp"] + 60_000, "sessionid": last["sessionid"],
