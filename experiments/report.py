@@ -83,9 +83,11 @@ def headline(results: Results) -> str:
                            + [f"is significantly worse than its control on {worse}"] * bool(worse))
     all_tests = [test for test, _ in tests.values()]
     low, high = (1000 * limit for limit in (min(test.low for test in all_tests), max(test.high for test in all_tests)))
+    counts = sorted({test.n for test in all_tests})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     family = f"({len(tests)} comparisons, Holm, α = {ALPHA:g})"
     return (f"**RMTL {outcome or 'shows no significant difference from its control'}** {family}. All 95 % intervals "
-            f"are between {low:+.2f} and {high:+.2f} ×10⁻³ test AUC ({all_tests[0].n} seeds).")
+            f"are between {low:+.2f} and {high:+.2f} ×10⁻³ test AUC ({seeds} seeds).")
 
 
 def main_table(results: Results) -> str:

@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import torch
@@ -40,9 +40,25 @@ def option(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = 
                                             "high": high, "name": name, "several": several})
 
 
+class _Given:
+    """Stores which settings the caller gave: a value that equals the default may be given, too."""
+
+    __slots__ = ("given",)  # not in `vars`, which are the settings
+    given: frozenset[str]
+
+    def __new__(cls, **values: Any) -> Self:
+        settings = super().__new__(cls)
+        settings.given = frozenset(values)
+        return settings
+
+
 @dataclass(kw_only=True)
-class Settings:
+class Settings(_Given):
     """The settings of a program. Checks every setting's range. Raises UserError."""
+
+    def default_of(self, setting: Field[Any]) -> Any:
+        """The value of a setting that is not given; it may depend on other settings."""
+        return setting.default
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -330,7 +346,7 @@ def _flags(settings: Settings, among: Sequence[Field[Any]]) -> list[str]:
     words = []
     for setting in among:
         value = getattr(settings, setting.name)
-        if value != setting.default:
+        if value != settings.default_of(setting):
             flag = setting.metadata["flag"] or f"--{setting.name}"
             words.append(flag if value is True else f"{flag}={shlex.quote(_text(value))}")
     return words
@@ -372,6 +388,7 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
     """Read the command line into settings; those of the file `--config` are the defaults. Raises UserError for an
     unknown flag or a value that is not allowed."""
     parser = _Parser(prog=command_line([]), description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,  # only what is given is passed on
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="", metavar="FILE", help="take settings from this file, the config.json of "
                         "a run or a JSON object of settings; flags win, and --no-NAME switches off what it switches on")
@@ -388,7 +405,7 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
             parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
                                 help=argparse.SUPPRESS)
         else:
-            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, default=setting.default,
+            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name,
                                 type=_widths if isinstance(setting.default, tuple) else type(setting.default),
                                 metavar=setting.name.split("_")[-1].upper(), help=help_text)
     config = parser.parse_args(arguments).config
