@@ -10,7 +10,7 @@ leaves the machine unless the user's own variables say so.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -143,8 +143,9 @@ class MLflow:
         self.client.set_terminated(self.run_id)
 
 
-BACKENDS: dict[str, tuple[type[Tracker], str, dict[str, str]]] = {  # class, what it imports, and defaults for it:
-    "tensorboard": (TensorBoard, "torch.utils.tensorboard", {}),      # no reports to the makers of the package
+BACKENDS: dict[str, tuple[type[Tracker], str, dict[str, str]]] = {
+    # Class, the package that it needs, and defaults for that: no reports to its makers.
+    "tensorboard": (TensorBoard, "tensorboard", {}),
     "wandb": (WeightsAndBiases, "wandb", {"WANDB_ERROR_REPORTING": "false",
                                           "WANDB_DISABLE_WEAVE": "true"}),  # it takes our `agents` for another package
     "mlflow": (MLflow, "mlflow", {"MLFLOW_DISABLE_TELEMETRY": "true"}),
@@ -170,11 +171,9 @@ class Trackers:
             _, package, variables = BACKENDS[name]
             for variable, value in variables.items():
                 os.environ.setdefault(variable, value)
-            try:
-                importlib.import_module(package)
-            except ImportError as error:
-                raise UserError(f"--track: '{name}' needs a package that is missing ({error}): pip install -r "
-                                "requirements/tracking.txt") from error
+            if importlib.util.find_spec(package) is None:
+                raise UserError(f"--track: '{name}' needs the package {package}, which is missing: pip install -r "
+                                "requirements/tracking.txt")
 
     def start(self, run_dir: RunDirectory, settings: Mapping[str, Any]) -> None:
         """Begin the runs, or continue those of `track.json`. After `RunDirectory.start`, which moves the file of an
