@@ -167,7 +167,8 @@ def load_baseline(settings: SLArguments, splits: Splits, model: nn.Module) -> No
 def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper, model: nn.Module,
                   device: torch.device, polisher: RlLossPolisher | None = None) -> Training:
     """A run of the settings."""
-    metadata = settings.metadata(settings.model_name, splits.train.metadata)
+    metadata = {**settings.metadata(settings.model_name, splits.train.metadata),
+                "dataset_name": settings.dataset_name, "numerical_names": splits.train.numerical_names}
 
     def save(path: Path, state: Mapping[str, Tensor]) -> None:
         save_model(path, state, metadata, catemapper, settings.trained_with)

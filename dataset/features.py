@@ -55,7 +55,8 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))
 
 
-def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> pd.DataFrame:
+def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str],
+                  counted: NDArray[np.bool_] | None = None) -> pd.DataFrame:
     """How often the values of a row's fields were shown so far, and with which outcomes: G (1 + T) columns, float32.
 
     For each field, with m the earlier rows of the same value and c_k their outcomes of task k that are known when the
@@ -66,15 +67,17 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
     Args:
         rows: of all splits; columns timestamp, the labels and, where known, `<label>_time`.
         groups: field to the number of each row's value (n,), -1 for a missing one.
+        counted: (n,) whether a row counts in those of others; default: all of them do.
     """
+    counted = np.ones(len(rows), bool) if counted is None else counted
     moments, moment = np.unique(rows["timestamp"].to_numpy(), return_inverse=True)
     everything = np.zeros(len(rows), np.int64)
-    happened = [rows[label].to_numpy() > 0 for label in labels]
+    happened = [(rows[label].to_numpy() > 0) & counted for label in labels]
     known_from = [np.searchsorted(moments, _outcome_time(rows, label)[has_outcome], side="right")
                   for label, has_outcome in zip(labels, happened, strict=True)]
 
     def counts(group: Ids) -> tuple[Ids, list[Ids]]:
-        return _count_known(group, moment, group, moment + 1), [
+        return _count_known(group, moment, group[counted], moment[counted] + 1), [
             _count_known(group, moment, group[has_outcome], known)
             for has_outcome, known in zip(happened, known_from, strict=True)]
 

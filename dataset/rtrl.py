@@ -189,8 +189,32 @@ class Splits:
         return [task["name"] for task in self.manifest["tasks"]]
 
 
+@dataclass(frozen=True)
+class Log:
+    """The tables of a data set as they were read: its rows by split, its feature tables by file name, its manifest, and
+    the fingerprint of its content."""
+
+    tables: dict[str, pd.DataFrame]
+    feature_tables: dict[str, FeatureTable]
+    manifest: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def labels(self) -> list[str]:
+        return [str(task["label"]) for task in self.manifest["tasks"]]
+
+
 def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
+    log = read_log(path)
+    is_simulated = "truth.csv" in log.manifest.get("outputs", ())
+    ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
+    datasets = make_datasets(log, log.tables, numerical, ground_truth)
+    return Splits(**datasets, manifest=log.manifest, fingerprint=log.fingerprint)
+
+
+def read_log(path: Path) -> Log:
+    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one from raw files")
@@ -213,30 +237,42 @@ def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
     schema_json = json.dumps(schema, sort_keys=True)
     fingerprint = hashlib.sha256(("".join(outputs[name] for name in files) + schema_json).encode()).hexdigest()[:16]
 
-    fields = [str(field) for field in manifest["categorical"]]
-    labels = [str(task["label"]) for task in manifest["tasks"]]
     tables, feature_tables = read_tables(path, manifest, is_published=not has_manifest)
-    ground_truth = _read_ground_truth(path / "truth.csv", tables, manifest) if "truth.csv" in outputs else {}
+    log = Log(tables, feature_tables, manifest, fingerprint)
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, labels)
+        _log_row_repairs(path / f"{split}.csv", table, log.labels)
     for name, feature_table in feature_tables.items():
-        _log_normalized(path / name, feature_table, fields)
-    keyed = [*feature_tables.values()]
+        _log_normalized(path / name, feature_table, manifest["categorical"])
+    return log
+
+
+def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: NumericalMode,
+                  ground_truth: Mapping[str, pd.DataFrame] | None = None, history_key: str | None = None,
+                  counted: NDArray[np.bool_] | None = None) -> dict[str, RetailRocketRLDataset]:
+    """The arrays of tables, by name, whose fields and tasks are those of `log`.
+
+    ground_truth: of a simulated log, by table. history_key: instead of the manifest's. counted: as of `running_rates`,
+    of the rows of all tables.
+    """
+    manifest, ground_truth = log.manifest, ground_truth or {}
+    fields = [str(field) for field in manifest["categorical"]]
+    keyed = [*log.feature_tables.values()]
     keyed += [FeatureTable(key, pd.DataFrame({key: [0]})) for key in id_columns(manifest)
               if key not in {table.key for table in keyed}]  # ids without a table of features
-    history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
+    key = manifest["history"] if history_key is None else history_key
+    history = user_history_features(tables, key, log.labels) if key else {}
     rows = pd.concat(tables.values(), ignore_index=True)
-    further = pd.concat([*([_running_rates(rows, keyed, manifest["rates"], labels)] if numerical == "rates" else []),
-                         _numbers(rows, keyed, manifest["numbers"], len(tables["train"]))], axis=1)
-    ends = dict(zip(SPLITS, np.cumsum([len(table) for table in tables.values()]), strict=True))
-    datasets = {split: RetailRocketRLDataset(table, keyed, fields, labels, numerical, ground_truth.get(split),
-                                             history.get(split), further.iloc[ends[split] - len(table):ends[split]])
-                for split, table in tables.items()}
+    rates = _running_rates(rows, keyed, manifest["rates"], log.labels, counted) if numerical == "rates" else None
+    further = pd.concat([rates, _numbers(rows, keyed, manifest["numbers"], len(log.tables["train"]))], axis=1)
+    ends = dict(zip(tables, np.cumsum([len(table) for table in tables.values()]), strict=True))
+    datasets = {name: RetailRocketRLDataset(table, keyed, fields, log.labels, numerical, ground_truth.get(name),
+                                            history.get(name), further.iloc[ends[name] - len(table):ends[name]])
+                for name, table in tables.items()}
     for dataset in datasets.values():
-        dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
+        dataset.source = {"data": log.fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
         dataset.history_key = str(manifest["history"])
-    return Splits(**datasets, manifest=manifest, fingerprint=fingerprint)
+    return datasets
 
 
 def find_folder(path: Path, name: str) -> Path:
@@ -304,8 +340,8 @@ def _log_normalized(path: Path, feature_table: FeatureTable, categorical: Sequen
 
 
 def _running_rates(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], entries: Sequence[str],
-                   labels: Sequence[str]) -> pd.DataFrame:
-    """`running_rates` of these fields, keys and pairs of them; `rows` are those of all splits."""
+                   labels: Sequence[str], counted: NDArray[np.bool_] | None) -> pd.DataFrame:
+    """`running_rates` of these fields, keys and pairs of them; `rows` are those of all tables."""
     names = [*dict.fromkeys(name for entry in entries for name in entry.split("&"))]
     columns = _categorical_columns(rows, feature_tables, names)
     groups = {}
@@ -315,7 +351,7 @@ def _running_rates(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], e
             pair = np.where(np.minimum(groups[entry], other) < 0, -1, groups[entry] * (other.max() + 1) + other)
             values, groups[entry] = np.unique(pair, return_inverse=True)
             groups[entry] -= int(values[0] < 0)
-    return running_rates(rows, groups, labels)
+    return running_rates(rows, groups, labels, counted)
 
 
 def _numbers(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], names: Sequence[str],

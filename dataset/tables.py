@@ -300,8 +300,8 @@ def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Seq
     return FeatureTable(key, table)
 
 
-def read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
-    schema, optional = _split_schema(manifest)
+def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = False) -> pd.DataFrame:
+    schema, optional = _split_schema(manifest, labels_optional)
     table = read_table(path, schema, optional)
     if "sessionid" not in table:
         if "visitorid" not in table:
@@ -325,7 +325,8 @@ def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any])
         print(f"{where}: not used, since no entry of the manifest names them: {', '.join(unused)}")
 
 
-def _split_schema(manifest: Mapping[str, Any]) -> tuple[dict[str, ColumnType], list[str]]:
+def _split_schema(manifest: Mapping[str, Any],
+                  labels_optional: bool = False) -> tuple[dict[str, ColumnType], list[str]]:
     """The columns of a split with their types, and which of them may be absent."""
     labels = [str(task["label"]) for task in manifest["tasks"]]
     event_times = [f"{label}_time" for label in labels]
@@ -335,7 +336,7 @@ def _split_schema(manifest: Mapping[str, Any]) -> tuple[dict[str, ColumnType], l
            for field in manifest["context"]},
         **dict.fromkeys(labels, "label"),
         **dict.fromkeys(event_times, "optional_id"),
-    }, ["sessionid", "visitorid", *event_times]
+    }, ["sessionid", "visitorid", *event_times, *labels * labels_optional]
 
 
 def verify_checksums(folder: Path, files: Sequence[str], manifest: dict[str, Any]) -> None:
