@@ -40,7 +40,10 @@ from train.Arguments import RLArguments, parse
 from train.memory_estimate import check_agent, network_size
 from train.offline_rl import discounted_returns, rank_correlation
 from train.run import get_dataset, get_model, test, train_and_test_offline
+from train.tracking import Trackers
 from train.utils import ActionNormalizer, ConvergeStopper
+
+UNIFORM_SESSIONS = 10_000  # of uniform actions, unless --init_episode says otherwise or the log is small
 
 
 def create_sub_agent(env: gym.Env[Any, Any], actor_name: str, agentcls: type[DDPG_ESMM], hyparams: Any) -> DDPG_ESMM:
@@ -87,6 +90,7 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     train_baseline = settings.suggest_command("SLmain.py", "model_name", settings.actor_name)
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: train it first: {train_baseline}")
+    trackers = Trackers(settings.track)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
     memory_path = Path(settings.memory_path)
     check_writable(run_dir.path, memory_path.parent,
@@ -105,16 +109,22 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     set_seed(settings.seed)
     agent = create_sub_agent(environment(splits.train), settings.actor_name, AGENTS[settings.agent],
                              SimpleNamespace(**{**vars(settings), "device": device}))
+    init_episode = settings.init_episode
+    if init_episode < 0:  # so that uniform actions are at most a third of the replay buffer
+        init_episode = min(UNIFORM_SESSIONS, len(splits.train.sessions.starts) // 2)
     history = train_and_test_offline(
-        environment(splits.val), agent, settings.epoch, settings.init_episode, run_dir.path, memory_path,
+        environment(splits.val), agent, settings.epoch, init_episode, run_dir.path, memory_path,
         seed=settings.seed, refill=settings.refill, epoch_updates=settings.epoch_updates,
         stopper=ConvergeStopper(num_trials=settings.converge_trials, tolerance=settings.converge_tolerance),
-        settings=settings.plain(), manifest=splits.manifest, resume=settings.resume)
+        settings=settings.plain(), manifest=splits.manifest, resume=settings.resume, trackers=trackers)
 
     print()
     print_critic_report(splits, settings.reward_type, agent, history[-1])
     metrics = test(environment(splits.test, is_test=True), agent, run_dir.path)
-    write_csv(run_dir.test_metrics, [{"epoch": history[-1]["epoch"], **metrics}])
+    test_row = {"epoch": history[-1]["epoch"], **metrics}
+    write_csv(run_dir.test_metrics, [test_row])
+    trackers.log_row({"split": "test", **test_row})
+    trackers.finish()
     print(f"saved the agent in {run_dir.path}; curves: {run_dir.curves}")
     return agent
 

@@ -41,6 +41,7 @@ from train.polish import RlLossPolisher, comparison_table, find_critics, make_po
 from train.run import get_dataset, get_model, slpred, sltest, sltrain
 from train.supervised import Training, bce_loss, evaluate, evaluation_loader, loss_by_weight_decile
 from train.task_weighting import make_task_weighting
+from train.tracking import Trackers
 from train.utils import EarlyStopper
 
 
@@ -130,8 +131,13 @@ def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     print("\n" + comparison_table(settings, start, baseline_metrics, metrics, last_metrics, names))
     if training.stopper.best_epoch == 0:
         print("no epoch beat the baseline on validation: the weights are the baseline's")
-    print(f"saved {run_dir.model} and, of the last epoch, {run_dir.last_model}; weights: {run_dir.weights_plot}, "
-          f"curves: {run_dir.curves}")
+    weights = ""
+    if polisher.method != "constant":
+        last = training.history[-1]
+        print("the loss of an epoch is the weighted one; mean weight in the last epoch: "
+              + ", ".join(f"{name} {last.get(f'weight_mean_{name}', float('nan')):.2f}" for name in names))
+        weights = f"weights: {run_dir.weights_plot}, "
+    print(f"saved {run_dir.model} and, of the last epoch, {run_dir.last_model}; {weights}curves: {run_dir.curves}")
     return metrics
 
 
@@ -162,7 +168,8 @@ def load_baseline(settings: SLArguments, splits: Splits, model: nn.Module) -> No
 def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper, model: nn.Module,
                   device: torch.device, polisher: RlLossPolisher | None = None) -> Training:
     """A run of the settings."""
-    metadata = settings.metadata(settings.model_name, splits.train.metadata)
+    metadata = {**settings.metadata(settings.model_name, splits.train.metadata),
+                "dataset_name": settings.dataset_name, "numerical_names": splits.train.numerical_names}
 
     def save(path: Path, state: Mapping[str, Tensor]) -> None:
         save_model(path, state, metadata, catemapper, settings.trained_with)
@@ -173,7 +180,8 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
         torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True),
         EarlyStopper(settings.patience), settings.run_dir, save, device, batch_size=settings.batch_size,
         seed=settings.seed, polisher=polisher,
-        weighting=make_task_weighting(settings.weighting, len(splits.task_names), settings.learning_rate, device))
+        weighting=make_task_weighting(settings.weighting, len(splits.task_names), settings.learning_rate, device),
+        trackers=Trackers(settings.track))
 
 
 def fit(training: Training, epochs: int, after_epoch: Callable[[], None] | None = None) -> None:

@@ -134,7 +134,7 @@ def plot(results: Results, path: Path) -> None:
     axes.set_xlim(0.9, 2 * max(medians))
     axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axes.set_yticks(list(positions), labels)
-    axes.set_xlabel("rows/s as a multiple of torch-rechub 0.9.0 (same table, same machine)")
+    axes.set_xlabel("rows/s as a multiple of torch-rechub 0.9.0 (same table, same machine), logarithmic")
     axes.legend(loc="upper right")
     save_figure(figure, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import gzip
@@ -23,11 +24,13 @@ from common.fileio import require_regular_file, write_text
 
 csv.field_size_limit(2**31 - 1)  # a cell may exceed the default of 128 KiB
 
-ColumnType = Literal["id", "optional_id", "label", "number", "text", "optional_text"]
+ColumnType = Literal["id", "optional_id", "label", "number", "optional_number", "text", "optional_text"]
 InvalidCell = tuple[int, str, str]  # line, column, problem
 WHITESPACE = " \t\v\f"  # ignored around a number, as by pandas
-NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id that is missing
+NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id or number that is missing
 BOOLEAN_STRINGS = ("True", "TRUE", "true", "False", "FALSE", "false")  # pandas reads a column of them as 1 and 0
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
+OPTIONAL_NUMBERS = ("optional_id", "optional_number")
 MAX_EXACT_INT = 2**53  # the largest integer up to which a float64, hence "1.44E+12", is exact
 
 
@@ -78,19 +81,16 @@ def read_chunks(
     """Yield the given columns of a CSV file in tables of `chunk_rows` rows.
 
     Column types: `id` a whole number below 2^53 (`12`, `12.0`, `1.44E+12`), int64; `optional_id` the same or empty,
-    float64; `label` 0 or 1, float32; `number` finite, float64; `text` not empty; `optional_text` text, may be empty.
+    float64; `label` 0 or 1, float32; `number` finite, float64; `optional_number` empty, or finite and in the range of
+    float32, float64; `text` not empty; `optional_text` text, may be empty.
     Columns in `optional` may be missing from the file. Further columns of the file are ignored.
 
-    Repairs, counted and printed: blank lines are skipped; NULL, NA, nan and blank cells of an `optional_id` are empty.
+    Repairs, counted and printed: blank lines are skipped; NULL, NA, nan and blank cells of an `optional_id` or
+    `optional_number` are empty.
     Raises UserError naming file, line and column of an invalid cell.
     """
-    header = _read_header(path)
-    missing = [name for name in columns if name not in header and name not in optional]
-    if missing:
-        suggestion = difflib.get_close_matches(missing[0], [name for name in header if name not in columns], n=1)
-        hint = f"; is '{suggestion[0]}' misspelt?" if suggestion else ""
-        raise UserError(f"{path}, line 1: column '{missing[0]}' is missing "
-                        f"(available: {truncate(', '.join(header), 400)}){hint}")
+    header = read_header(path)
+    require_columns(f"{path}, line 1", header, columns, optional)
     schema = {name: column_type for name, column_type in columns.items() if name in header}
     numeric = [name for name, column_type in schema.items() if column_type in ("id", "label", "number")]
     texts = [name for name in schema if name not in numeric]
@@ -113,7 +113,7 @@ def read_chunks(
                 if checked is None:
                     raise _locate_error(path, header, schema)
                 na_cells += sum(int((checked[name].isna() & (chunk[name] != "")).sum())
-                                for name, column_type in schema.items() if column_type == "optional_id")
+                                for name, column_type in schema.items() if column_type in OPTIONAL_NUMBERS)
                 yield checked
         blank_lines = _count_blank_lines(path, rows, len(header))
         if blank_lines is None:
@@ -124,6 +124,26 @@ def read_chunks(
         raise _locate_error(path, header, schema, error) from error
     log_repairs(path, blank_lines, "blank lines skipped")
     log_repairs(path, na_cells, "NULL, NA, nan or blank cells read as empty")
+
+
+def require_columns(where: str, header: Sequence[str], columns: Iterable[str], optional: Sequence[str] = ()) -> None:
+    """Raise UserError, beginning with `where`, if one of `columns` is not in a header, unless it is optional."""
+    columns = list(columns)
+    missing = [name for name in columns if name not in header and name not in optional]
+    if not missing:
+        return
+    if not set(columns) & set(header) and any(map(_is_number, header)):
+        raise UserError(f"{where}: a row, not a header ({truncate(','.join(header))}): write the names of the columns "
+                        f"into a line above it: {','.join(columns)}")
+    suggestion = difflib.get_close_matches(missing[0], [name for name in header if name not in columns], n=1)
+    hint = f"; is '{suggestion[0]}' misspelt?" if suggestion else ""
+    raise UserError(f"{where}: column '{missing[0]}' is missing (available: {truncate(', '.join(header), 400)}){hint}")
+
+
+def _is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return bool(np.isfinite(float(text)))
+    return False
 
 
 def _next_chunk(reader: Any) -> pd.DataFrame | None:
@@ -178,7 +198,8 @@ def _open_maybe_gzip(path: Path, mode: Literal["rb", "rt"]) -> Any:
     return opener(path, mode) if mode == "rb" else opener(path, mode, encoding="utf-8-sig", newline="")
 
 
-def _read_header(path: Path) -> list[str]:
+def read_header(path: Path) -> list[str]:
+    """The names of the columns of a CSV file. Raises UserError if it has none, or one twice."""
     require_regular_file(path)
     try:
         with _open_maybe_gzip(path, "rt") as file:
@@ -191,7 +212,8 @@ def _read_header(path: Path) -> list[str]:
         raise UserError(f"{path}: the file is empty: expected a CSV header in line 1")
     duplicates = [name for name in header if header.count(name) > 1]
     if duplicates:
-        raise UserError(f"{path}, line 1: duplicate column '{_printable(duplicates[0])}': rename or remove one")
+        raise UserError(f"{path}, line 1: duplicate column '{_printable(duplicates[0])}': rename or remove one"
+                        + "; or is this a row, not a header?" * _is_number(duplicates[0]))
     if any("\0" in name for name in header):
         raise UserError(f"{path}, line 1: NUL bytes: corrupt, or not UTF-8 text: save it as UTF-8 CSV")
     return header
@@ -225,7 +247,7 @@ def _cast_columns(chunk: pd.DataFrame, schema: Mapping[str, ColumnType]) -> pd.D
     """Cast each column to its type; None if a cell is invalid."""
     columns: dict[str, Any] = {}
     for name, column_type in schema.items():
-        if column_type == "optional_id":
+        if column_type in OPTIONAL_NUMBERS:
             codes, cells = pd.factorize(chunk[name].to_numpy())
             if any(_cell_error(cell, column_type) for cell in cells):
                 return None
@@ -290,7 +312,7 @@ def _first_invalid_cell(path: Path, header: list[str], schema: Mapping[str, Colu
 
 def _cell_error(cell: str, column_type: ColumnType | None) -> str:
     """Why a cell is invalid for its column type; "" if it is valid."""
-    if column_type in (None, "optional_text") or (column_type == "optional_id" and _is_na(cell)):
+    if column_type in (None, "optional_text") or (column_type in OPTIONAL_NUMBERS and _is_na(cell)):
         return ""
     if column_type == "text":
         return "" if cell else "is empty"
@@ -311,6 +333,8 @@ def _cell_error(cell: str, column_type: ColumnType | None) -> str:
             return f"'{_printable(cell)}' is not a whole number"
         if abs(value) >= MAX_EXACT_INT:
             return f"'{_printable(cell)}' is too large for an id (2^53 and more)"
+    if column_type == "optional_number" and abs(value) > MAX_FLOAT32:
+        return f"'{_printable(cell)}' is too large for a number (3.4e38 and more)"
     return ""
 
 
@@ -334,6 +358,6 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a file of `write_csv` as text cells. Raises UserError if one of `columns` is missing."""
-    schema: dict[str, ColumnType] = dict.fromkeys([*columns, *_read_header(path)], "optional_text")
+    schema: dict[str, ColumnType] = dict.fromkeys([*columns, *read_header(path)], "optional_text")
     chunks = read_chunks(path, schema, chunk_rows=None)
     return [row for chunk in chunks for row in chunk.to_dict("records")]

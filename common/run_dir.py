@@ -21,7 +21,7 @@ from common.errors import UserError, command_line, mark_run_started, truncate
 from common.fileio import read_json, write_json
 
 AGENT_DIR_NAMES = {"bc": "TD3BC", "td3bc": "TD3BCactor", "ddpg": "DDPG", "multiweight": "DDPGmw"}
-MUTABLE_ON_RESUME = ("resume", "device", "epoch", "refill")  # settings that a resumed run may change
+MUTABLE_ON_RESUME = ("resume", "device", "epoch", "refill", "track")  # settings that a resumed run may change
 
 
 def critic_names(task_num: int) -> list[str]:
@@ -83,8 +83,9 @@ class RunDirectory:
         self.weights_plot = self.path / "weights.png"
         self.weight_deciles = self.path / "weights.csv"
         self.catemapper = self.path / "catemapper.json"
+        self.tracking = self.path / "track.json"  # of a run with --track: what the trackers have
         self.files = [self.checkpoint, self.metrics, self.test_metrics, self.curves, self.weights_plot,
-                      self.weight_deciles, self.catemapper, self.model, self.last_model, self.config]
+                      self.weight_deciles, self.catemapper, self.model, self.last_model, self.tracking, self.config]
 
     @classmethod
     def of_agent(cls, folder: Path) -> RunDirectory:

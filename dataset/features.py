@@ -59,7 +59,8 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))
 
 
-def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str]) -> pd.DataFrame:
+def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequence[str],
+                  counted: NDArray[np.bool_] | None = None) -> pd.DataFrame:
     """How often the values of a row's fields were shown so far, and with which outcomes: G (1 + T) columns, float32.
 
     For each field, with m the earlier rows of the same value and c_k their outcomes of task k that are known when the
@@ -70,16 +71,19 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
     Args:
         rows: of all splits; columns timestamp, the labels and, where known, `<label>_time`.
         groups: field to the number of each row's value (n,), -1 for a missing one.
+        counted: (n,) whether a row counts in those of others; default: all of them do.
     """
-    time = rows["timestamp"].to_numpy()
+    counted = np.ones(len(rows), bool) if counted is None else counted
+    moments, moment = np.unique(rows["timestamp"].to_numpy(), return_inverse=True)
     everything = np.zeros(len(rows), np.int64)
-    happened = {label: rows[label].to_numpy() > 0 for label in labels}
-    outcome_time = {label: _outcome_time(rows, label) for label in labels}
+    happened = [(rows[label].to_numpy() > 0) & counted for label in labels]
+    known_from = [np.searchsorted(moments, _outcome_time(rows, label)[has_outcome], side="right")
+                  for label, has_outcome in zip(labels, happened, strict=True)]
 
     def counts(group: Ids) -> tuple[Ids, list[Ids]]:
-        return _count_earlier(group, time, group, time), [
-            _count_earlier(group, time, group[happened[label]], outcome_time[label][happened[label]])
-            for label in labels]
+        return _count_known(group, moment, group[counted], moment[counted] + 1), [
+            _count_known(group, moment, group[has_outcome], known)
+            for has_outcome, known in zip(happened, known_from, strict=True)]
 
     shown, known = counts(everything)
     priors = [(count + 0.5) / (shown + 1.0) for count in known]
@@ -120,7 +124,9 @@ def _observed_outcomes(table: pd.DataFrame, label: str, start: Ids) -> tuple[NDA
     time = table["timestamp"].to_numpy()
     # An outcome is never earlier than its own row, so "earlier than row t" implies "of a row before t" (or a tie).
     outcome_time = _outcome_time(table, label)
-    count = _count_earlier(start, time, start[happened], outcome_time[happened])
+    moments, moment = np.unique(time, return_inverse=True)
+    known_from = np.searchsorted(moments, outcome_time[happened], side="right")  # the first moment after an outcome
+    count = _count_known(start, moment, start[happened], known_from)
     last = np.append(False, happened[:-1] & (outcome_time[:-1] < time[1:])) & has_previous
     return count, last
 
@@ -133,11 +139,10 @@ def _outcome_time(table: pd.DataFrame, label: str) -> Ids:
     return np.maximum(table[f"{label}_time"].fillna(0).to_numpy(np.int64), time)
 
 
-def _count_earlier(group: Ids, time: Ids, event_group: Ids, event_time: Ids) -> Ids:
-    """For each row (n,) the number of events of its group before its time; groups are numbered from 0."""
-    moments, moment = np.unique(time, return_inverse=True)
-    first = np.searchsorted(moments, event_time, side="right")  # the first moment after an event
-    width = len(moments) + 1
-    events = np.sort(event_group * width + first)
+def _count_known(group: Ids, moment: Ids, event_group: Ids, known_from: Ids) -> Ids:
+    """For each row (n,) the number of events of its group that are known at its moment; groups and the moments of the
+    rows are numbered from 0, `known_from` is the moment from which on an event is known."""
+    width = int(moment.max(initial=0)) + 2
+    events = np.sort(event_group * width + known_from)
     return (np.searchsorted(events, group * width + moment, side="right")
             - np.searchsorted(events, group * width, side="left"))

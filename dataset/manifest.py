@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from common.fileio import is_safe_filename, read_json, sha256
-from dataset.retailrocket import LONG_TAILED, PROPERTIES, TASKS
+from common.fileio import is_safe_filename, read_json
 from dataset.simulate import config_from_manifest
-from dataset.tables import MAX_TASKS, SPLITS, read_feature_table, read_split, task_parents
 
 # the entries that define the columns
 FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks", "rates")
-PAPER_MANIFEST: dict[str, Any] = {
-    "source": "RetailRocket, tables as published by the paper's authors",
-    "categorical": list(PROPERTIES),
-    "tables": {"item_feadf.csv": {"key": "itemid", "fields": list(PROPERTIES)}},
-    "context": [],
-    "history": "",
-    "long_tailed": list(LONG_TAILED),
-    "rates": [],
-    "tasks": list(TASKS),
-}
+# entries that may be absent; manifests of earlier versions have none of them
+DEFAULTS: dict[str, Any] = {"context": [], "history": "", "rates": [], "numbers": [], "id_fields": []}
+MAX_TASKS = 16
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -38,8 +29,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'format' is {manifest['format']!r:.40}, this version reads 1: run python3 -m "
                         "dataset.prepare again")
     # Manifests of earlier versions have a single table.
-    manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, "context": [],
-                "history": "", "rates": [], **manifest}
+    manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, **DEFAULTS,
+                **manifest}
     tables, context, tasks, history = (manifest[key] for key in ("tables", "context", "tasks", "history"))
     if not 1 <= len(tasks) <= MAX_TASKS or not all(
             isinstance(task, dict) and _is_identifier(task.get("name")) and _is_identifier(task.get("label"))
@@ -52,9 +43,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             for table in tables.values()):
         raise UserError(f"{path}: 'tables' maps each feature table to a key and a list of fields; 'context' is a list "
                         "of fields")
-    keys = [table["key"] for table in tables.values()]
-    if history not in ("", *keys):
-        raise UserError(f"{path}: 'history' is the key of one of the tables, not {history!r}")
+    if not isinstance(history, str):
+        raise UserError(f"{path}: 'history' is the name of an id of the rows, not {history!r:.40}")
     for entry in ("outputs", "tables"):
         for name in manifest[entry]:
             _require_safe_name(path, entry, name)
@@ -62,17 +52,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     categorical = manifest["categorical"]
     if not categorical or not all(isinstance(field, str) for field in (*fields, *categorical)):
         raise UserError(f"{path}: 'categorical' and the fields of 'tables' and 'context' are lists of names")
-    _require_known(path, "categorical", categorical, fields, "it is in no table and not in 'context'")
-    for entry in ("long_tailed", "rates"):
+    for entry in ("long_tailed", "rates", "numbers", "id_fields"):
         if not isinstance(manifest[entry], list):
             raise UserError(f"{path}: '{entry}' is a list of fields")
-        names = [name for field in manifest[entry] for name in (str(field).split("&") if entry == "rates" else [field])]
-        _require_known(path, entry, names, [*categorical, *keys] if entry == "rates" else categorical,
-                       "it is not in 'categorical'")
+    _require_known(path, "categorical", categorical, [*fields, *manifest["id_fields"]],
+                   "it is in no table, 'context' or 'id_fields'")
+    _require_known(path, "numbers", manifest["numbers"], fields, "it is in no table and not in 'context'")
+    for entry in ("long_tailed", "id_fields"):
+        _require_known(path, entry, manifest[entry], categorical, "it is not in 'categorical'")
+    names = [name for entry in manifest["rates"] for name in str(entry).split("&")]
+    _require_known(path, "rates", names, [*categorical, *id_columns(manifest)], "it is not in 'categorical'")
     labels = [task["label"] for task in tasks]
     columns = ["timestamp", "sessionid", "visitorid", *context, *labels, *(f"{label}_time" for label in labels),
-               *set(keys)]
-    for names in (categorical, fields, columns, [task["name"] for task in tasks]):
+               *id_columns(manifest)]
+    for names in ([*categorical, *manifest["numbers"]], fields, columns, [task["name"] for task in tasks]):
         duplicates = [name for name in names if names.count(name) > 1]
         if duplicates:
             raise UserError(f"{path}: name '{duplicates[0]}' is not unique: fields, keys, labels and task names must "
@@ -82,10 +75,35 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def task_parents(tasks: Sequence[Mapping[str, str]], source: str | Path) -> list[int] | None:
+    """The number of the task that each task is given, -1 for none, (T,).
+
+    "given" is the name of an earlier task that this one implies and is conditional on, as CTCVR is on CTR, or "" for
+    none. One or two tasks may lack it: None, the second is then given the first. Raises UserError.
+    """
+    if len(tasks) <= 2 and not any("given" in task for task in tasks):
+        return None
+    names, parents = [task["name"] for task in tasks], []
+    for number, task in enumerate(tasks):
+        given = task.get("given", None if number else "")
+        if given not in ("", *names[:number]):
+            raise UserError(f"{source}: task '{task['name']}': 'given' is "
+                            + ("missing" if given is None else f"{given!r:.40}")
+                            + ': the name of the earlier task that it implies, or "" for none')
+        parents.append(names.index(given) if given else -1)
+    return parents
+
+
 def _require_known(path: Path, entry: str, fields: Sequence[Any], known: Sequence[str], reason: str) -> None:
     unknown = [field for field in fields if field not in known]
     if unknown:
         raise UserError(f"{path}: '{entry}' contains unknown field '{unknown[0]}': {reason}")
+
+
+def id_columns(manifest: Mapping[str, Any]) -> list[str]:
+    """The columns of the rows that are ids: the keys of the tables, of the history, and ids that are fields."""
+    keys = [str(table["key"]) for table in manifest["tables"].values()]
+    return [*dict.fromkeys([*keys, *filter(None, [manifest["history"]]), *manifest["id_fields"]])]
 
 
 def _is_identifier(value: Any) -> bool:
@@ -101,23 +119,3 @@ def _require_safe_name(path: Path, entry: str, name: str) -> None:
     if Path(os.path.realpath(path.parent)) not in Path(os.path.realpath(path.parent / name)).parents:
         raise UserError(f"{path}: '{name:.60}' of '{entry}' is a link to another directory: must be a file in the "
                         "manifest's directory")
-
-
-def verify_checksums(folder: Path, files: Sequence[str], manifest: dict[str, Any]) -> None:
-    """Raise UserError if a file is missing, not in the manifest, or different from its SHA-256 there."""
-    for name in files:
-        if name not in manifest["outputs"]:
-            raise UserError(f"{folder / 'manifest.json'}: 'outputs' does not contain {name}: run python3 -m "
-                            "dataset.prepare again")
-    for name, digest in manifest["outputs"].items():
-        path = folder / name
-        if not path.is_file():
-            raise UserError(f"{folder}: {name} missing: put the file back, or make the folder again with "
-                            "python3 -m dataset.prepare")
-        if sha256(path) != digest:
-            if name.removesuffix(".csv") in SPLITS:  # the error of an invalid cell or column is more precise
-                read_split(path, manifest)
-            if name in manifest["tables"]:
-                read_feature_table(path, manifest["tables"][name]["key"], manifest["tables"][name]["fields"])
-            raise UserError(f"{path}: checksum mismatch (its SHA-256 differs from manifest.json): was it edited or cut "
-                            "short? Prepare the folder again")

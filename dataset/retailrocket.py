@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from common.csv_reader import ColumnType, cell_location, concat_rows, read_table
 from common.errors import UserError
 from common.fileio import read_json
+from dataset.manifest import DEFAULTS
 from dataset.simulate import SimulationConfig, config_from_manifest, read_ground_truth
 from dataset.tables import (
     CountRow,
@@ -46,6 +48,14 @@ EVENT_SCHEMA: dict[str, ColumnType] = {"timestamp": "id", "visitorid": "id", "ev
                                        "transactionid": "optional_id"}
 PROPERTY_SCHEMA: dict[str, ColumnType] = {"timestamp": "id", "itemid": "id", "property": "text",
                                           "value": "optional_text"}
+PAPER_MANIFEST: dict[str, Any] = {
+    **DEFAULTS,
+    "source": "RetailRocket, tables as published by the paper's authors",
+    "categorical": list(PROPERTIES),
+    "tables": {"item_feadf.csv": {"key": "itemid", "fields": list(PROPERTIES)}},
+    "long_tailed": list(LONG_TAILED),
+    "tasks": list(TASKS),
+}
 MIN_SESSION_ROWS = 2
 NO_EVENT_MS = np.iinfo(np.int64).max
 # Bytes of memory per byte of CSV, measured; the properties are read in chunks.
@@ -154,7 +164,7 @@ def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> t
         CountRow("merged: later events of an item in its session", int(rows["events"].sum()) - len(rows)),
         CountRow("kept: rows, one per item of a session", len(rows)),
     ]
-    return rows, row_counts
+    return rows.drop(columns=["events", "event"]), row_counts
 
 
 def _split_by_time(rows: pd.DataFrame) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -36,10 +35,11 @@ from dataset.features import (
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, PAPER_MANIFEST, read_manifest, verify_checksums
+from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, task_parents
+from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, read_feature_table, read_split, session_order, task_parents
+from dataset.tables import SPLITS, FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -61,20 +61,21 @@ class RetailRocketRLDataset(Dataset[Example]):
 
     Args:
         table: the path of `train.csv`, `val.csv` or `test.csv`, or the rows themselves, which require the next three.
-        items: the item table, or several feature tables; a field that is in none is a column of `table`.
+        items: the item table, or several feature tables; a field that is in none is a column of `table`, and their
+            keys may be fields too.
         field_names, label_names: the categorical fields, and the labels, one per task.
         numerical: `session`: the session features; `rates`: these and `rates`; `none`: one column of zeros, as
             published.
         ground_truth: of a simulated log, the state of the simulator at each row of `table`.
         history_features: features (n, N) of the rows of `table` that replace the session features, such as
             `user_history_features`.
-        rates: further features of the rows of `table`, a column each, such as `running_rates`.
+        rates: further features of the rows of `table`, a column each, such as `running_rates`; unless `none`.
 
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
-        numerical: (n, N) float32: session or history features (`session_feature_names`) and running rates, or one
-            column of zeros.
+        numerical: (n, N) float32: session or history features (`session_feature_names`), running rates and the numbers
+            of the tables; or one column of zeros.
         numerical_names: of the columns of `numerical`.
         labels: (n, T) float32, 0 or 1.
         session: (n,) int64; rows of one session are adjacent.
@@ -102,23 +103,16 @@ class RetailRocketRLDataset(Dataset[Example]):
         self.timestamp: Ids = table["timestamp"].to_numpy(copy=True)
         self.labels: Floats = table[label_names].to_numpy(np.float32, copy=True)
         self.ground_truth = None if ground_truth is None else ground_truth.iloc[order].reset_index(drop=True)
-        self.fields: dict[str, CategoricalColumn] = {}
-        self.keys: dict[str, Ids] = {}
-        for key, features in [FeatureTable("itemid", items)] if isinstance(items, pd.DataFrame) else items:
-            self.keys[key] = table[key].to_numpy(copy=True)
-            index = pd.Index(features[key]).get_indexer(pd.Index(table[key]))  # -1: missing from the feature table
-            self.fields |= {field: _categorical_column(features[field].to_numpy(), index)
-                            for field in field_names if field in features}
-        rows = np.arange(len(table))
-        self.fields = {field: self.fields[field] if field in self.fields
-                       else _categorical_column(table[field].to_numpy(), rows) for field in field_names}
+        feature_tables = [FeatureTable("itemid", items)] if isinstance(items, pd.DataFrame) else items
+        self.keys: dict[str, Ids] = {key: table[key].to_numpy(copy=True) for key, _ in feature_tables}
+        self.fields = _categorical_columns(table, feature_tables, field_names)
         self.numerical_names = ["zero"] if numerical == "none" else session_feature_names(label_names)
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
             self.numerical = (session_features(table, label_names) if history_features is None
                               else history_features[order])
-            if numerical == "rates" and rates is not None:
+            if rates is not None:
                 self.numerical = np.hstack([self.numerical, rates.to_numpy(np.float32)[order]])
                 self.numerical_names += map(str, rates.columns)
         self._numerical_mode = numerical
@@ -202,9 +196,42 @@ class Splits:
         return task_parents(self.manifest["tasks"], "manifest.json")
 
 
+@dataclass(frozen=True)
+class Log:
+    """The tables of a data set as they were read: its rows by split, its feature tables by file name, its manifest, and
+    the fingerprint of its content."""
+
+    tables: dict[str, pd.DataFrame]
+    feature_tables: dict[str, FeatureTable]
+    manifest: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def labels(self) -> list[str]:
+        return [str(task["label"]) for task in self.manifest["tasks"]]
+
+
 def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0) -> Splits:
     """Read a folder of MDP tables, with the labels of its first `task_num` tasks (0: of all); features are those of all
     tasks. Raises UserError naming file, line and column of an error, and where there are fewer tasks."""
+    log = read_log(path)
+    tasks = log.manifest["tasks"]
+    if task_num > len(tasks):
+        raise UserError(f"--task_num: {task_num}, but {path} has {len(tasks)}: "
+                        + ", ".join(task["name"] for task in tasks))
+    is_simulated = "truth.csv" in log.manifest.get("outputs", ())
+    ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
+    datasets = make_datasets(log, log.tables, numerical, ground_truth)
+    manifest = {**log.manifest, "tasks": tasks[: task_num or len(tasks)]}
+    splits = Splits(**datasets, manifest=manifest, fingerprint=log.fingerprint)
+    for dataset in datasets.values():
+        dataset.labels = np.ascontiguousarray(dataset.labels[:, : len(splits.task_names)])
+        dataset.source |= {"tasks": splits.task_names, "given": splits.given}
+    return splits
+
+
+def read_log(path: Path) -> Log:
+    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one from raw files")
@@ -222,40 +249,49 @@ def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 
     if has_manifest:
         verify_checksums(path, files, manifest)
     outputs = manifest["outputs"] if has_manifest else {name: sha256(path / name) for name in files}
-    schema_json = json.dumps([manifest[key] for key in FINGERPRINT_KEYS], sort_keys=True)
+    schema = [manifest[key] for key in FINGERPRINT_KEYS]
+    schema += [manifest[key] for key in ("numbers", "id_fields") if manifest[key]]
+    schema_json = json.dumps(schema, sort_keys=True)
     fingerprint = hashlib.sha256(("".join(outputs[name] for name in files) + schema_json).encode()).hexdigest()[:16]
 
-    fields = [str(field) for field in manifest["categorical"]]
-    labels = [str(task["label"]) for task in manifest["tasks"]]
-    if task_num > len(labels):
-        raise UserError(f"--task_num: {task_num}, but {path} has {len(labels)}: "
-                        + ", ".join(task["name"] for task in manifest["tasks"]))
-    task_num = task_num or len(labels)
-    feature_tables = {name: read_feature_table(path / name, table["key"], table["fields"])
-                      for name, table in manifest["tables"].items()}
-    tables = {split: read_split(path / f"{split}.csv", manifest) for split in SPLITS}
-    for earlier, later in itertools.combinations(SPLITS, 2):
-        shared = np.intersect1d(tables[earlier]["sessionid"], tables[later]["sessionid"])
-        if len(shared) and has_manifest:
-            raise UserError(f"{path / later}.csv: session {shared[0]} is in {earlier}.csv too: splits must not share "
-                            "sessions")
-    ground_truth = _read_ground_truth(path / "truth.csv", tables, manifest) if "truth.csv" in outputs else {}
+    tables, feature_tables = read_tables(path, manifest, is_published=not has_manifest)
+    log = Log(tables, feature_tables, manifest, fingerprint)
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, labels, task_parents(manifest["tasks"], path) or [-1, 0])
+        _log_row_repairs(path / f"{split}.csv", table, log.labels)
+        if contradiction := find_contradiction(path / f"{split}.csv", table, manifest["tasks"]):
+            print(contradiction)  # of a task that is given another by default
     for name, feature_table in feature_tables.items():
-        _log_normalized(path / name, feature_table)
-    history = user_history_features(tables, manifest["history"], labels) if manifest["history"] else {}
-    rates = _running_rates(tables, feature_tables, manifest, labels) if numerical == "rates" else {}
-    datasets = {split: RetailRocketRLDataset(table, list(feature_tables.values()), fields, labels, numerical,
-                                             ground_truth.get(split), history.get(split), rates.get(split))
-                for split, table in tables.items()}
-    splits = Splits(**datasets, manifest={**manifest, "tasks": manifest["tasks"][:task_num]}, fingerprint=fingerprint)
+        _log_normalized(path / name, feature_table, manifest["categorical"])
+    return log
+
+
+def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: NumericalMode,
+                  ground_truth: Mapping[str, pd.DataFrame] | None = None, history_key: str | None = None,
+                  counted: NDArray[np.bool_] | None = None) -> dict[str, RetailRocketRLDataset]:
+    """The arrays of tables, by name, whose fields and tasks are those of `log`.
+
+    ground_truth: of a simulated log, by table. history_key: instead of the manifest's. counted: as of `running_rates`,
+    of the rows of all tables.
+    """
+    manifest, ground_truth = log.manifest, ground_truth or {}
+    fields = [str(field) for field in manifest["categorical"]]
+    keyed = [*log.feature_tables.values()]
+    keyed += [FeatureTable(key, pd.DataFrame({key: [0]})) for key in id_columns(manifest)
+              if key not in {table.key for table in keyed}]  # ids without a table of features
+    key = manifest["history"] if history_key is None else history_key
+    history = user_history_features(tables, key, log.labels) if key else {}
+    rows = pd.concat(tables.values(), ignore_index=True)
+    rates = _running_rates(rows, keyed, manifest["rates"], log.labels, counted) if numerical == "rates" else None
+    further = pd.concat([rates, _numbers(rows, keyed, manifest["numbers"], len(log.tables["train"]))], axis=1)
+    ends = dict(zip(tables, np.cumsum([len(table) for table in tables.values()]), strict=True))
+    datasets = {name: RetailRocketRLDataset(table, keyed, fields, log.labels, numerical, ground_truth.get(name),
+                                            history.get(name), further.iloc[ends[name] - len(table):ends[name]])
+                for name, table in tables.items()}
     for dataset in datasets.values():
-        dataset.labels = np.ascontiguousarray(dataset.labels[:, :task_num])
-        dataset.source = {"data": fingerprint, "tasks": splits.task_names, "given": splits.given}
+        dataset.source = {"data": log.fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
         dataset.long_tailed = list(manifest["long_tailed"])
         dataset.history_key = str(manifest["history"])
-    return splits
+    return datasets
 
 
 def find_folder(path: Path, name: str) -> Path:
@@ -293,15 +329,12 @@ def _read_ground_truth(path: Path, tables: Mapping[str, pd.DataFrame],
     return {split: ground_truth.iloc[end - len(tables[split]):end] for split, end in zip(SPLITS, ends, strict=True)}
 
 
-def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str], parents: Sequence[int]) -> None:
+def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str]) -> None:
     """Print how many rows contradict each other or themselves; the files of `dataset.prepare` have none."""
     order = session_order(table)
     log_repairs(path, int((order != np.arange(len(order))).sum()), "rows sorted by session and time")
     timestamp = table["timestamp"].to_numpy()
-    for label, parent in zip(labels, parents, strict=False):
-        if parent >= 0 and (contradictions := int((table[label] > table[labels[parent]]).sum())):
-            print(f"{path}: {contradictions:,} rows where '{label}' is 1 and '{labels[parent]}', which it implies, is "
-                  "0")
+    for label in labels:
         if f"{label}_time" not in table:
             continue
         event_time, happened = table[f"{label}_time"].to_numpy(), table[label].to_numpy() > 0
@@ -312,10 +345,10 @@ def _log_row_repairs(path: Path, table: pd.DataFrame, labels: Sequence[str], par
             log_repairs(path, int(is_repaired.sum()), f"times in column '{label}_time' {repair}")
 
 
-def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
+def _log_normalized(path: Path, feature_table: FeatureTable, categorical: Sequence[str]) -> None:
     """Print how many values `normalize_category` changes."""
     changed = {}
-    for field in feature_table.fields:
+    for field in (field for field in feature_table.fields if field in categorical):
         values, counts = np.unique(feature_table.table[field].to_numpy().astype(str), return_counts=True)
         is_changed = [normalize_category(value) != value for value in values]
         if any(is_changed):
@@ -325,29 +358,48 @@ def _log_normalized(path: Path, feature_table: FeatureTable) -> None:
                 f"values in column{'s' * (len(changed) > 1)} {fields} stripped of whitespace or a final .0")
 
 
-def _running_rates(tables: Mapping[str, pd.DataFrame], feature_tables: Mapping[str, FeatureTable],
-                   manifest: Mapping[str, Any], labels: Sequence[str]) -> dict[str, pd.DataFrame]:
-    """`running_rates` of the fields and pairs that the manifest names, over all splits in order of time; by split."""
-    rows = pd.concat(tables.values(), ignore_index=True)
-
-    def codes(field: str) -> Ids:
-        if field in (key for key, _ in feature_tables.values()):
-            return pd.factorize(rows[field])[0]
-        values, index = next(((table[field], pd.Index(table[key]).get_indexer(pd.Index(rows[key])))
-                              for key, table in feature_tables.values() if field in table.columns),
-                             (rows.get(field), np.arange(len(rows))))
-        return _categorical_column(values.to_numpy(), index).codes
-
+def _running_rates(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], entries: Sequence[str],
+                   labels: Sequence[str], counted: NDArray[np.bool_] | None) -> pd.DataFrame:
+    """`running_rates` of these fields, keys and pairs of them; `rows` are those of all tables."""
+    names = [*dict.fromkeys(name for entry in entries for name in entry.split("&"))]
+    columns = _categorical_columns(rows, feature_tables, names)
     groups = {}
-    for entry in manifest["rates"]:
-        groups[entry], *others = map(codes, entry.split("&"))
+    for entry in entries:
+        groups[entry], *others = (columns[name].codes for name in entry.split("&"))
         for other in others:  # a value is a pair of values, missing where one of them is
             pair = np.where(np.minimum(groups[entry], other) < 0, -1, groups[entry] * (other.max() + 1) + other)
             values, groups[entry] = np.unique(pair, return_inverse=True)
             groups[entry] -= int(values[0] < 0)
-    rates = running_rates(rows, groups, labels)
-    ends = np.cumsum([len(table) for table in tables.values()])
-    return {split: rates.iloc[end - len(table):end] for (split, table), end in zip(tables.items(), ends, strict=True)}
+    return running_rates(rows, groups, labels, counted)
+
+
+def _numbers(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable], names: Sequence[str],
+             train_rows: int) -> pd.DataFrame:
+    """The numbers of the rows, a column each, float32; a missing one is the mean of the first `train_rows` rows that
+    have it, or 0 if none has."""
+    columns = {}
+    for name in names:
+        key, features = next(((key, features) for key, features in feature_tables if name in features), ("", rows))
+        index = pd.Index(features[key]).get_indexer(pd.Index(rows[key])) if key else np.arange(len(rows))
+        column = pd.Series(np.append(features[name].to_numpy(), np.nan)[index])  # -1: missing from the feature table
+        columns[name] = column.fillna(column[:train_rows].mean()).fillna(0.0)
+    return pd.DataFrame(columns, index=rows.index, dtype=np.float32)
+
+
+def _categorical_columns(rows: pd.DataFrame, feature_tables: Sequence[FeatureTable],
+                         fields: Sequence[str]) -> dict[str, CategoricalColumn]:
+    """The columns of these fields, in their order: from the tables by their keys, from the keys, or from the rows."""
+    columns = {}
+    for key, features in feature_tables:
+        if key in fields:
+            codes, ids = pd.factorize(rows[key].to_numpy())
+            columns[key] = CategoricalColumn(codes.astype(np.int64), ids.astype(str).astype(object))
+        index = pd.Index(features[key]).get_indexer(pd.Index(rows[key]))  # -1: missing from the feature table
+        columns |= {field: _categorical_column(features[field].to_numpy(), index)
+                    for field in fields if field in features and field != key}
+    every = np.arange(len(rows))
+    return {field: columns[field] if field in columns else _categorical_column(rows[field].to_numpy(), every)
+            for field in fields}
 
 
 def _categorical_column(values: NDArray[np.object_], index: NDArray[np.int64]) -> CategoricalColumn:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +14,14 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
-from common.csv_reader import ColumnType, cell_location, read_chunks, read_table
+from common.csv_reader import ColumnType, cell_location, read_chunks, read_header, read_table, require_columns
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, require_free_memory, sha256, write_json
+from dataset.manifest import id_columns, read_manifest, task_parents
 
 SPLITS = ("train", "val", "test")
 GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
 MINUTE_MS = 60_000
-MAX_TASKS = 16
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class CountRow:
 
 
 class FeatureTable(NamedTuple):
-    """Features of items, or of users: one column is a key of the MDP rows, the others are fields."""
+    """Features of items, or of users: one column is an id of the MDP rows, its key, the others are fields."""
 
     key: str
     table: pd.DataFrame
@@ -49,18 +51,22 @@ class PreparedDataset:
     Attributes:
         rows: the output of `order_rows`; columns split, timestamp, sessionid, the keys of the feature tables, the
             context fields, and for each label `<label>` (0 or 1) and `<label>_time`, when its outcome was known, in ms;
-            without that column, directly after the row. Other columns are not written.
+            without that column, directly after the row. Other columns are not written, and named.
         row_counts: how many raw rows were read, dropped, merged and kept.
         inputs: the raw files.
         feature_tables: file name to table.
         context: fields that are columns of the rows themselves.
-        history_key: the key, such as the user's, over whose earlier rows the session features are computed; "": over
+        history_key: the id, such as the user's, over whose earlier rows the session features are computed; "": over
             the earlier rows of the session.
         long_tailed: fields of which only the frequent values are kept (`--feature_map_rate`).
         rates: fields, keys or pairs of them, such as userid&tab, whose counts and rates so far are numerical features
             (`dataset.features.running_rates`).
-        tasks: objects with "name", "label" and "given", see `task_parents`.
+        numbers: fields that are numerical features, not categories; a missing one has the mean of the training rows.
+        id_fields: ids of the rows, such as `itemid`, that are fields as well: each value has an embedding.
+        tasks: objects with "name", "label" and "given", see `dataset.manifest.task_parents`.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
+
+    Raises UserError if a column is missing from the rows, or if one is the time of no label.
     """
 
     source: str
@@ -73,8 +79,30 @@ class PreparedDataset:
     tasks: list[dict[str, str]]
     history_key: str = ""
     rates: Sequence[str] = ()
+    numbers: Sequence[str] = ()
+    id_fields: Sequence[str] = ()
     simulation: dict[str, Any] | None = None
     ground_truth: pd.DataFrame | None = None
+
+    def __post_init__(self) -> None:
+        check_columns("rows", [str(name) for name in self.rows.columns if name != "split"], self.schema)
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """The entries of manifest.json that define columns."""
+        fields = [*self.context, *(field for table in self.feature_tables.values() for field in table.fields)]
+        return {
+            "categorical": [*(field for field in fields if field not in self.numbers), *self.id_fields],
+            "long_tailed": self.long_tailed,
+            "rates": list(self.rates),
+            "numbers": list(self.numbers),
+            "id_fields": list(self.id_fields),
+            "context": self.context,
+            "history": self.history_key,
+            "tables": {name: {"key": table.key, "fields": table.fields}
+                       for name, table in self.feature_tables.items()},
+            "tasks": self.tasks,
+        }
 
     @property
     def splits(self) -> dict[str, pd.DataFrame]:
@@ -85,25 +113,6 @@ class PreparedDataset:
     @property
     def labels(self) -> list[str]:
         return [task["label"] for task in self.tasks]
-
-
-def task_parents(tasks: Sequence[Mapping[str, str]], source: str | Path) -> list[int] | None:
-    """The number of the task that each task is given, -1 for none, (T,).
-
-    "given" is the name of an earlier task that this one implies and is conditional on, as CTCVR is on CTR, or "" for
-    none. One or two tasks may lack it: None, the second is then given the first. Raises UserError.
-    """
-    if len(tasks) <= 2 and not any("given" in task for task in tasks):
-        return None
-    names, parents = [task["name"] for task in tasks], []
-    for number, task in enumerate(tasks):
-        given = task.get("given", None if number else "")
-        if given not in ("", *names[:number]):
-            raise UserError(f"{source}: task '{task['name']}': 'given' is "
-                            + ("missing" if given is None else f"{given!r:.40}")
-                            + ': the name of the earlier task that it implies, or "" for none')
-        parents.append(names.index(given) if given else -1)
-    return parents
 
 
 def number_sessions(key: ArrayLike, timestamp: ArrayLike, split: ArrayLike = 0,
@@ -138,8 +147,13 @@ def order_rows(rows: pd.DataFrame) -> pd.DataFrame:
     """MDP rows in the order of the tables: by split, then as by `session_order`.
 
     `rows` has the columns `split` (0: train, 1: val, 2: test), `sessionid` and `timestamp` (ms), and any others.
-    Raises UserError if a split is empty or a session is in two splits.
+    Raises UserError if one of these is missing or not of whole numbers, if a split is empty or a session is in two.
     """
+    require_columns("rows", [*map(str, rows.columns)], ["split", "sessionid", "timestamp"])
+    for name, hint in (("split", "0: train, 1: val, 2: test"), ("timestamp", "ms since 1970"),
+                       ("sessionid", "see dataset.tables.number_sessions")):
+        if not pd.api.types.is_integer_dtype(rows[name]) or rows[name].isna().any():
+            raise UserError(f"rows: column '{name}' is not of whole numbers ({rows[name].dtype}): {hint}")
     split = rows["split"].to_numpy()
     sessions = rows[["sessionid", "split"]].drop_duplicates()
     found = np.unique(split).tolist()
@@ -162,30 +176,27 @@ def validation_start(rows: pd.DataFrame) -> int:
 def require_new_folder(out_dir: Path) -> None:
     """Raise UserError if a folder exists already or cannot be written: an import fails at its start."""
     if out_dir.exists():
-        raise UserError(f"{out_dir} exists already: choose another name, or move that folder away first")
+        raise UserError(f"{out_dir} exists already: delete it to make it again (rm -r {out_dir}), or write to another "
+                        "folder (another --out)")
     check_writable(out_dir.parent)
 
 
 def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any]) -> None:
     """Write the folder `out_dir`: a CSV per split, the feature tables, and `manifest.json`, which describes them.
 
-    Raises UserError if it exists already.
+    Raises UserError if it exists already, or where `load_splits` would: what was written is read again.
     """
     require_new_folder(out_dir)
-    parents = task_parents(dataset.tasks, out_dir)
-    for label, parent in zip(dataset.labels, parents or [], strict=False):
-        contradictions = int((dataset.rows[label] > dataset.rows[dataset.labels[parent]]).sum()) if parent >= 0 else 0
-        if contradictions:
-            raise UserError(f"{out_dir}: {contradictions:,} rows where '{label}' is 1 and '{dataset.labels[parent]}', "
-                            "which it implies, is 0")
-    keys = list(dict.fromkeys(table.key for table in dataset.feature_tables.values()))
-    columns = ["timestamp", "sessionid", *keys, *dataset.context, *reversed(dataset.labels)]
     with atomic_folder(out_dir) as folder:
+        columns = ["timestamp", "sessionid", *id_columns(dataset.schema), *dataset.context, *reversed(dataset.labels)]
         for name, split in dataset.splits.items():
             written = split[columns].copy()
             for label in dataset.labels:
                 known_from = split.get(f"{label}_time", split["timestamp"])
-                written[f"{label}_time"] = known_from.astype("Int64").where(split[label] > 0)
+                known_from = known_from.where(pd.to_numeric(split[label], errors="coerce") > 0)
+                with contextlib.suppress(TypeError, ValueError):  # no whole numbers: reading them names the cell
+                    known_from = known_from.astype("Int64")
+                written[f"{label}_time"] = known_from
             written.to_csv(folder / f"{name}.csv", index=False)
         for name, feature_table in dataset.feature_tables.items():
             feature_table.table.to_csv(folder / name, index=False)
@@ -200,19 +211,15 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
             "settings": dict(settings),
             "boundary": validation_start(dataset.rows),
             "row_counts": [[row.label, row.count] for row in dataset.row_counts],
-            "categorical": [*dataset.context, *(field for table in dataset.feature_tables.values()
-                                                for field in table.fields)],
-            "long_tailed": dataset.long_tailed,
-            "rates": list(dataset.rates),
-            "context": dataset.context,
-            "history": dataset.history_key,
-            "tables": {name: {"key": table.key, "fields": table.fields}
-                       for name, table in dataset.feature_tables.items()},
-            "tasks": dataset.tasks,
+            **dataset.schema,
             "rows": {name: len(split) for name, split in dataset.splits.items()},
             "outputs": {path.name: sha256(path) for path in sorted(folder.glob("*.csv"))},
         }
         write_json(folder / "manifest.json", manifest)
+        try:
+            read_tables(folder, read_manifest(folder / "manifest.json"))
+        except UserError as error:
+            raise UserError(f"not written: {str(error).replace(str(folder), str(out_dir))}") from None
 
 
 def print_row_counts(dataset: PreparedDataset) -> None:
@@ -223,7 +230,8 @@ def print_row_counts(dataset: PreparedDataset) -> None:
     print(f"\n{'':<8}{'rows':>12}{'sessions':>12}{rates}   rows per session: median, 99 %, max")
     for name, split in {**dataset.splits, "all": dataset.rows}.items():
         lengths = split.groupby("sessionid").size()
-        rates = "".join(f"{split[label].mean():>{max(9, len(label) + 2)}.2%}" for label in dataset.labels)
+        rates = "".join(f"{pd.to_numeric(split[label], errors='coerce').mean():>{max(9, len(label) + 2)}.2%}"
+                        for label in dataset.labels)
         print(f"{name:<8}{len(split):>12,}{len(lengths):>12,}{rates}"
               f"   {lengths.median():.0f}, {lengths.quantile(0.99):.0f}, {lengths.max()}")
     cutoff = validation_start(dataset.rows)
@@ -255,8 +263,49 @@ def read_with_progress(path: Path, schema: Mapping[str, ColumnType]) -> Iterator
             bar.update(len(chunk))
 
 
-def read_feature_table(path: Path, key: str, fields: Sequence[str]) -> FeatureTable:
-    schema: dict[str, ColumnType] = {key: "id", **dict.fromkeys(fields, "optional_text")}
+def read_tables(folder: Path, manifest: Mapping[str, Any],
+                is_published: bool = False) -> tuple[dict[str, pd.DataFrame], dict[str, FeatureTable]]:
+    """The rows of each split, and the feature tables by file name, each cell checked.
+
+    is_published: the folder has no manifest of its own: a session may be in two splits, further columns are expected.
+    Raises UserError naming file, line and column.
+    """
+    feature_tables = {name: read_feature_table(folder / name, table["key"], table["fields"], manifest["numbers"])
+                      for name, table in manifest["tables"].items()}
+    tables = {split: read_split(folder / f"{split}.csv", manifest) for split in SPLITS}
+    if is_published:
+        return tables, feature_tables
+    for split in SPLITS:
+        contradiction = find_contradiction(folder / f"{split}.csv", tables[split], manifest["tasks"])
+        if contradiction and any("given" in task for task in manifest["tasks"]):
+            raise UserError(contradiction)
+        check_columns(f"{folder / split}.csv, line 1", read_header(folder / f"{split}.csv"), manifest)
+    for earlier, later in itertools.combinations(SPLITS, 2):
+        shared = np.intersect1d(tables[earlier]["sessionid"], tables[later]["sessionid"])
+        if len(shared):
+            raise UserError(f"{folder / later}.csv: session {shared[0]} is in {earlier}.csv too: splits must not share "
+                            "sessions")
+        different = sorted(set(tables[earlier]) ^ set(tables[later]))
+        if different:
+            raise UserError(f"{folder / later}.csv: column '{different[0]}' is in it or in {earlier}.csv, not in both")
+    return tables, feature_tables
+
+
+def find_contradiction(path: Path, table: pd.DataFrame, tasks: Sequence[Mapping[str, str]]) -> str:
+    """What the first row says that has an outcome without the one that it is given (`task_parents`); "" for none."""
+    parents = task_parents(tasks, path)
+    for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False):
+        label, given = task["label"], tasks[parent]["label"]
+        is_wrong = (table[label] > table[given]).to_numpy()
+        if parent >= 0 and is_wrong.any():
+            return (f"{cell_location(path, int(is_wrong.argmax()), label)}: 1, but '{given}', which it implies, is 0 "
+                    f"({int(is_wrong.sum()):,} such rows)")
+    return ""
+
+
+def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> FeatureTable:
+    schema: dict[str, ColumnType] = {
+        key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
     table = read_table(path, schema)
     duplicates = table[key].duplicated().to_numpy()
     if duplicates.any():
@@ -266,19 +315,61 @@ def read_feature_table(path: Path, key: str, fields: Sequence[str]) -> FeatureTa
     return FeatureTable(key, table)
 
 
-def read_split(path: Path, manifest: Mapping[str, Any]) -> pd.DataFrame:
-    labels = [str(task["label"]) for task in manifest["tasks"]]
-    keys = [str(table["key"]) for table in manifest["tables"].values()]
-    event_times = [f"{label}_time" for label in labels]
-    schema: dict[str, ColumnType] = {
-        **dict.fromkeys(["timestamp", "sessionid", "visitorid", *keys], "id"),
-        **dict.fromkeys(manifest["context"], "optional_text"),
-        **dict.fromkeys(labels, "label"),
-        **dict.fromkeys(event_times, "optional_id"),
-    }
-    table = read_table(path, schema, optional=["sessionid", "visitorid", *event_times])
+def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = False) -> pd.DataFrame:
+    schema, optional = _split_schema(manifest, labels_optional)
+    table = read_table(path, schema, optional)
     if "sessionid" not in table:
         if "visitorid" not in table:
             raise UserError(f"{path}, line 1: column 'sessionid' is missing (or the published 'visitorid')")
         table = table.rename(columns={"visitorid": "sessionid"})
     return table
+
+
+def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any]) -> None:
+    """Raise UserError, beginning with `where`, if a column of the rows is missing, or is the time of no label; print
+    which columns are not used."""
+    schema, optional = _split_schema(manifest)
+    require_columns(where, names, schema, optional)
+    unused = [name for name in names if name not in schema]
+    labels = ", ".join(str(task["label"]) for task in manifest["tasks"])
+    for name in unused:
+        if name.endswith("_time"):
+            raise UserError(f"{where}: column '{name}' is the time of no label ({labels}): is it misspelt? Rename or "
+                            "remove it")
+    if unused:
+        print(f"{where}: not used, since no entry of the manifest names them: {', '.join(unused)}")
+
+
+def _split_schema(manifest: Mapping[str, Any],
+                  labels_optional: bool = False) -> tuple[dict[str, ColumnType], list[str]]:
+    """The columns of a split with their types, and which of them may be absent."""
+    labels = [str(task["label"]) for task in manifest["tasks"]]
+    event_times = [f"{label}_time" for label in labels]
+    return {
+        **dict.fromkeys(["timestamp", "sessionid", "visitorid", *id_columns(manifest)], "id"),
+        **{field: "optional_number" if field in manifest["numbers"] else "optional_text"
+           for field in manifest["context"]},
+        **dict.fromkeys(labels, "label"),
+        **dict.fromkeys(event_times, "optional_id"),
+    }, ["sessionid", "visitorid", *event_times, *labels * labels_optional]
+
+
+def verify_checksums(folder: Path, files: Sequence[str], manifest: dict[str, Any]) -> None:
+    """Raise UserError if a file is missing, not in the manifest, or different from its SHA-256 there."""
+    for name in files:
+        if name not in manifest["outputs"]:
+            raise UserError(f"{folder / 'manifest.json'}: 'outputs' does not contain {name}: run python3 -m "
+                            "dataset.prepare again")
+    for name, digest in manifest["outputs"].items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{folder}: {name} missing: put the file back, or make the folder again with "
+                            "python3 -m dataset.prepare")
+        if sha256(path) != digest:
+            if name.removesuffix(".csv") in SPLITS:  # the error of an invalid cell or column is more precise
+                read_split(path, manifest)
+            if name in manifest["tables"]:
+                table = manifest["tables"][name]
+                read_feature_table(path, table["key"], table["fields"], manifest["numbers"])
+            raise UserError(f"{path}: checksum mismatch (its SHA-256 differs from manifest.json): was it edited or cut "
+                            "short? Prepare the folder again")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
+from dataset.rtrl import find_folder
 from experiments.boosting import BoostingArguments
 from experiments.controls import CONTROLS, ControlArguments
 from slmodels import MODELS
@@ -17,6 +18,9 @@ from train.task_weighting import WEIGHTINGS
 
 TABLES = ("main", "ablation", "session", "exploratory", "controls", "weighting", "transfer", "lambda", "gamma", "tau")
 BOOSTING, CONTROL = "-m experiments.boosting", "-m experiments.controls"
+QUICK = {"models": "esmm,mmoe", "gammas": "0.5", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
+         "critic_epoch": 3}
+QUICK_DATASETS = "chkpt/experiments_quick/dataset"
 Key = tuple[str, str, str, int]  # data set, model, condition, seed
 
 
@@ -36,7 +40,7 @@ class ExperimentArguments(Settings):
     gammas: str = option("0,0.99", "values of gamma besides 0.9; each trains its own critics")
     taus: str = option("0.05,1", "values of tau besides 0.2; each trains its own critics")
     quick: bool = option(False, "small version: two models, 3 seeds, narrow embeddings, few epochs, and for rt a "
-                         "smaller simulated log")
+                         "smaller simulated log where there is none")
     workers: int = option(0, "parallel runs; 0: the number of cores", low=0, high=4096)
     out: str = option("", "output directory (default chkpt/experiments, with --quick chkpt/experiments_quick)")
     report_only: bool = option(False, "run nothing: write report.md and plots from the results.csv in --out")
@@ -55,12 +59,9 @@ class ExperimentArguments(Settings):
     critic_epoch: int = option(30, "maximum epochs of the critics", low=1)
 
     def __post_init__(self) -> None:
-        if self.quick:
-            small = {"models": "esmm,mmoe", "gammas": "0.5", "taus": "1", "seeds": 3, "embed_dim": 16, "epoch": 3,
-                     "critic_epoch": 3, "dataset_path": "chkpt/experiments_quick/dataset"}
-            for setting in fields(self):  # explicit values take precedence
-                if setting.name in small and getattr(self, setting.name) == setting.default:
-                    setattr(self, setting.name, small[setting.name])
+        for setting in fields(self):
+            if setting.name not in self.given:
+                setattr(self, setting.name, self.default_of(setting))
         super().__post_init__()
         for flag, names, known in (("models", self.models, MODELS), ("tables", self.tables, TABLES)):
             for name in filter(None, names.split(",")):
@@ -70,6 +71,18 @@ class ExperimentArguments(Settings):
             self.values(flag)
         if not conditions(self):
             raise UserError(f"--name_filter: no condition of these tables has '{self.name_filter}' in its name")
+
+        own_rt = find_folder(Path(self.dataset_path), "rt")
+        self.simulates_rt = (self.quick and "rt" in self.datasets.split(",")  # found once, for all runs
+                             and not (own_rt.is_dir() and any(own_rt.iterdir())))
+
+    def default_of(self, setting: Field[Any]) -> Any:
+        """With --quick a small value for some settings."""
+        return QUICK.get(setting.name, setting.default) if self.quick else setting.default
+
+    def dataset_path_of(self, dataset: str) -> str:
+        """The directory of a data set: --dataset_path; with --quick, for an `rt` that is not there, one of its own."""
+        return QUICK_DATASETS if dataset == "rt" and self.simulates_rt else self.dataset_path
 
     @property
     def all_seeds(self) -> range:
@@ -233,12 +246,13 @@ class ExperimentRun:
     def settings(self, experiment: ExperimentArguments) -> SLArguments | RLArguments | BoostingArguments:
         """The settings of its program."""
         condition, folder = self.condition, self.folder(experiment)
+        dataset_path = experiment.dataset_path_of(self.dataset)
         if condition.program == BOOSTING:
-            return BoostingArguments(dataset_name=self.dataset, dataset_path=experiment.dataset_path, seed=self.seed,
+            return BoostingArguments(dataset_name=self.dataset, dataset_path=dataset_path, seed=self.seed,
                                      save_dir=str(folder))
         pretrain = self.folder(experiment, (condition.model, "baseline")) if condition.starts_from_baseline else folder
         shared: dict[str, Any] = {
-            "dataset_name": self.dataset, "dataset_path": experiment.dataset_path, "seed": self.seed,
+            "dataset_name": self.dataset, "dataset_path": dataset_path, "seed": self.seed,
             "save_dir": str(folder), "pretrain_path": str(pretrain), "embed_dim": experiment.embed_dim,
             "expert_num": experiment.expert_num, "feature_map_rate": experiment.feature_map_rate,
             "embed_dropout": experiment.embed_dropout}

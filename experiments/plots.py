@@ -9,22 +9,22 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from experiments.statistics import Results
+from experiments.statistics import MAIN_PAIRS, Results
 from train.plots import save_figure
 
-COLORS = {"constant": "tab:blue", "shuffled": "tab:orange", "baseline": "tab:grey"}
-LABELS = {"constant": "constant weights", "shuffled": "shuffled weights", "baseline": "the baseline"}
+COLORS = dict(zip(MAIN_PAIRS, ("tab:blue", "tab:orange", "tab:grey", "tab:olive"), strict=True))
+LABELS = {"RMTL": "RMTL", "constant": "constant weights", "shuffled": "shuffled weights", "baseline": "the baseline"}
 DEFAULTS = {"lambda": 1.0, "gamma": 0.9, "tau": 0.2}
 
 
 def plot_differences(results: Results, path: Path, title: str) -> None:
-    """Difference in AUC between RMTL and its controls with its interval, per model and task."""
-    figure = Figure(figsize=(5.2 * len(results.tasks), 0.9 + 0.8 * len(results.models)), layout="constrained")
+    """The differences in AUC of the main table (`MAIN_PAIRS`) with their intervals, per model and task."""
+    figure = Figure(figsize=(5.2 * len(results.tasks), 1.2 + 0.9 * len(results.models)), layout="constrained")
     axes = figure.subplots(1, len(results.tasks), squeeze=False, sharey=True)[0]
     for axis, task in zip(axes, results.tasks, strict=True):
         for row, model in enumerate(results.models):
-            for shift, (control, color) in zip((-0.22, 0.0, 0.22), COLORS.items(), strict=True):
-                test = results.paired(model, "RMTL", control, f"auc_{task}")
+            for shift, ((run, control), color) in zip((-0.3, -0.1, 0.1, 0.3), COLORS.items(), strict=True):
+                test = results.paired(model, run, control, f"auc_{task}")
                 axis.plot([1000 * test.low, 1000 * test.high], [row + shift] * 2, color=color, linewidth=2)
                 axis.plot(1000 * test.mean, row + shift, "o", color=color, markersize=5)
         axis.axvline(0, color="black", linewidth=0.8)
@@ -32,33 +32,33 @@ def plot_differences(results: Results, path: Path, title: str) -> None:
         axis.set_ylim(len(results.models) - 0.5, -0.5)
         axis.set_xlabel(f"difference in {task} test AUC (×10⁻³), 95 % interval")
         _style_axis(axis)
-    handles = [axes[0].plot([], [], "o-", color=color, label=f"RMTL minus {LABELS[control]}")[0]
-               for control, color in COLORS.items()]
-    figure.legend(handles=handles, title=title, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    handles = [axes[0].plot([], [], "o-", color=color, label=f"{LABELS[run]} minus {LABELS[control]}")[0]
+               for (run, control), color in COLORS.items()]
+    figure.legend(handles=handles, title=title, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     save_figure(figure, path)
 
 
 def plot_sensitivity(results: Results, path: Path) -> None:
-    """Difference in AUC from constant weights against lambda, gamma and tau."""
+    """Difference in AUC from the control of the tables of lambda, gamma and tau."""
     model = results.models[0]
     names = [name for name in DEFAULTS if results.pairs(name)]
     figure = Figure(figsize=(4.4 * len(names), 3.4), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False, sharey=True)[0], names, strict=True):
-        points = sorted([(DEFAULTS[name], "RMTL"), *(
-            (float(condition.split()[-1]), condition) for _, condition, _ in results.pairs(name)
+        points = sorted([(DEFAULTS[name], "RMTL", "constant"), *(
+            (float(condition.split()[-1]), condition, control) for _, condition, control in results.pairs(name)
             if condition.startswith(name))])
         for shift, task in enumerate(results.tasks):
-            tests = [results.paired(model, condition, "constant", f"auc_{task}") for _, condition in points]
+            tests = [results.paired(model, condition, control, f"auc_{task}") for _, condition, control in points]
             half_widths = [1000 * (test.high - test.mean) for test in tests]
             axis.errorbar(np.arange(len(points)) + 0.08 * shift, [1000 * test.mean for test in tests], half_widths,
                           marker="o", markersize=4, capsize=3, label=task)
-        axis.set_xticks(range(len(points)), [f"{value:g}" for value, _ in points])
+        axis.set_xticks(range(len(points)), [f"{value:g}" for value, _, _ in points])
         axis.axhline(0, color="black", linewidth=0.8)
-        axis.set_xlabel(name)
+        axis.set_xlabel(f"{name} (values in order, not to scale)")
         _style_axis(axis)
     figure.axes[0].set_ylabel("difference in test AUC (×10⁻³)")
     figure.axes[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"{model}: RMTL minus constant weights, 95 % interval", fontsize=11)
+    figure.suptitle(f"{model}: RMTL minus its control (constant weights), 95 % interval", fontsize=11)
     save_figure(figure, path)
 
 

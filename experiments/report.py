@@ -9,7 +9,7 @@ import numpy as np
 
 from common.fileio import write_text
 from experiments.plots import plot_differences, plot_learning, plot_sensitivity, plot_weights
-from experiments.statistics import ALPHA, CONTROLS, REFERENCE, Pair, PairedTest, Results
+from experiments.statistics import ALPHA, CONTROLS, MAIN_PAIRS, REFERENCE, Pair, PairedTest, Results
 
 TITLES = {"ablation": "Ablation of the weights", "exploratory": "Exploratory conditions",
           "controls": "Controls without critics", "transfer": "Critics of another model", "lambda": "Lambda",
@@ -49,9 +49,8 @@ def _section(results: Results, dataset: str, out: Path) -> str:
     parts = [f"## {dataset}"]
     if results.models:
         plot_differences(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
-        against = (("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))
         parts += [headline(results), f"![differences in AUC]({dataset}_gain.png)", main_table(results),
-                  difference_table(results, [(model, *pair) for model in results.models for pair in against])]
+                  difference_table(results, [(model, *pair) for model in results.models for pair in MAIN_PAIRS])]
         if len(results.rows(*REFERENCE)):
             parts += ["### Against gradient-boosted trees",
                       "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, "
@@ -84,9 +83,11 @@ def headline(results: Results) -> str:
                            + [f"is significantly worse than its control on {worse}"] * bool(worse))
     all_tests = [test for test, _ in tests.values() if np.isfinite(test.mean)] or [test for test, _ in tests.values()]
     low, high = (1000 * limit for limit in (min(test.low for test in all_tests), max(test.high for test in all_tests)))
+    counts = sorted({test.n for test in all_tests})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     family = f"({len(tests)} comparisons, Holm, α = {ALPHA:g})"
     return (f"**RMTL {outcome or 'shows no significant difference from its control'}** {family}. All 95 % intervals "
-            f"are between {low:+.2f} and {high:+.2f} ×10⁻³ test AUC ({all_tests[0].n} seeds).")
+            f"are between {low:+.2f} and {high:+.2f} ×10⁻³ test AUC ({seeds} seeds).")
 
 
 def main_table(results: Results) -> str:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
@@ -35,6 +35,7 @@ from experiments.boosting import BoostingArguments
 from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
 from experiments.controls import ControlArguments
 from experiments.statistics import read_results, write_results
+from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, to_command_line
 from train.run import get_dataset
 
@@ -45,7 +46,7 @@ Row = dict[str, str]
 def run_experiments(settings: ExperimentArguments, path: Path, executor: Executor | None = None) -> str:
     """Run all conditions that results.csv at `path` lacks. Return a message about failed runs, "" for none.
 
-    Rows of the same settings that `--tables` or `--name_filter` leave out stay in results.csv.
+    Rows of the same settings stay in results.csv, also of tables, models and seeds that are not asked for.
 
     Args:
         executor: where at most `--workers` runs execute at a time, such as Dask's `Client.get_executor()`, with this
@@ -53,10 +54,10 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     """
     datasets = settings.datasets.split(",")
     runs = _all_runs(settings)
-    every = _all_runs(replace(settings, tables="", name_filter=""))
-    if settings.quick:
-        _make_quick_dataset(Path(settings.dataset_path))
-    fingerprints = {name: get_dataset(name, settings.dataset_path).fingerprint for name in datasets}
+    every = runs | _all_runs(_widen(settings, read_results(path) if path.exists() else []))
+    if settings.simulates_rt:
+        _make_quick_dataset(Path(settings.dataset_path_of("rt")))
+    fingerprints = {name: get_dataset(name, settings.dataset_path_of(name)).fingerprint for name in datasets}
     rows = _reusable_rows(path, settings, every, fingerprints)
     pending = _pending(runs, rows, settings)
     workers = min(settings.workers or os.cpu_count() or 1, max(1, len(pending)))
@@ -102,6 +103,14 @@ def _all_runs(settings: ExperimentArguments) -> dict[Key, ExperimentRun]:
     """The selected conditions on every data set with every seed, in order."""
     runs = itertools.product(settings.datasets.split(","), conditions(settings), settings.all_seeds)
     return {run.key: run for run in itertools.starmap(ExperimentRun, runs)}
+
+
+def _widen(settings: ExperimentArguments, rows: Sequence[Row]) -> ExperimentArguments:
+    """The settings with all tables, and the models and seeds of these rows as well."""
+    models = dict.fromkeys([*(row["model"] for row in rows if row["model"] in MODELS), *settings.models.split(",")])
+    seeds = [*settings.all_seeds, *(int(row["seed"]) for row in rows)]
+    return replace(settings, tables="", name_filter="", models=",".join(models), first_seed=min(seeds),
+                   seeds=max(seeds) - min(seeds) + 1)
 
 
 def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
@@ -175,6 +184,7 @@ def _collect_metrics(history: list[Row], deciles: list[Row]) -> Row:
 def _make_quick_dataset(path: Path) -> None:
     """Simulate and prepare a third of the default log as `rt`, unless it exists."""
     if not (path / "rt").exists():
+        print(f"no data set rt: a small log is simulated in {path}")
         if not (path / "simulated").exists():
             simulate(path / "simulated", SimulationConfig(events=100_000, items=8_000, property_rows=80_000))
         prepare(path / "simulated", path / "rt")

@@ -25,6 +25,7 @@ TRAILING_COLUMNS = ("fingerprint", "machine", "seconds", "command")  # the metri
 NUMERIC_COLUMNS = ("seed", "epoch", "epochs", "seconds")
 METRIC_PREFIXES = ("auc_", "logloss_", "session_logloss_", "session_gauc_", "user_gauc_", "val_", "weight_")
 CONTROLS = ("baseline", "constant", "shuffled")
+MAIN_PAIRS = (("RMTL", "constant"), ("RMTL", "shuffled"), ("RMTL", "baseline"), ("constant", "baseline"))
 REFERENCE = ("scikit-learn", "boosting")  # its model and condition: a control of every model
 
 

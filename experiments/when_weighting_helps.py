@@ -251,7 +251,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axis.set_yticks(range(len(names)), names)
         axis.invert_yaxis()
         axis.set_title(f"{case}: {metric}", fontsize=10)
-        axis.set_xlabel("difference from constant weights (×10⁻³)")
+        axis.set_xlabel("difference from constant weights (×10⁻³)\nlogarithmic, but linear from -1 to +1")
         axis.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     save_figure(figure, path)

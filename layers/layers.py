@@ -116,11 +116,11 @@ class LazyConcat:
         """Return W concat + b, W (H, (F + 1) D) -> (B, H).
 
         By `ops.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
-        cheaper.
+        cheaper. An exported graph has that one, whatever the batch.
         """
         embedding, numerical = self.embedding, self.numerical
         table = embedding.embedding.weight  # (V, D), all fields
-        if len(table) > self.categorical_x.numel():
+        if torch.compiler.is_exporting() or len(table) > self.categorical_x.numel():
             return linear_onednn(self.materialize(), weight, bias)
         if self._lookup is None:
             self._lookup = FieldLookup(self.categorical_x + embedding.offsets, len(table))
@@ -195,4 +195,5 @@ class Gate(nn.Module):
 
 def gated_sums(gates: Sequence[Tensor], expert_outputs: Tensor) -> list[Tensor]:
     """sum_e g_e h_e for each of several gates (B, E) over the same experts (B, E, H); each result is (B, H)."""
-    return list(GatedSum.apply(torch.stack(list(gates), dim=1), expert_outputs).unbind(dim=1))
+    product = torch.bmm if torch.compiler.is_exporting() else GatedSum.apply
+    return list(product(torch.stack(list(gates), dim=1), expert_outputs).unbind(dim=1))

@@ -129,8 +129,9 @@ def grouped_linear(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def _onednn_is_faster(x: Tensor, out_width: int, in_width: int) -> bool:
-    return (AVX512 and x.device.type == "cpu" and x.dtype == torch.float32 and len(x) >= 256 and in_width >= 256
-            and out_width >= 128 and torch.get_float32_matmul_precision() != "medium")
+    return (AVX512 and not torch.compiler.is_exporting() and x.device.type == "cpu" and x.dtype == torch.float32
+            and len(x) >= 256 and in_width >= 256 and out_width >= 128
+            and torch.get_float32_matmul_precision() != "medium")
 
 
 AVX512 = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"

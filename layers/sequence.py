@@ -47,13 +47,17 @@ class SequenceEncoder(nn.Module):
             raise ValueError(f"ids of shape {tuple(categorical_x.shape)}: a network with an encoder takes windows, "
                              "(B, W, F) and (B, W, N), as dataset.loader.TensorLoader(..., window=W) makes them")
         mask = categorical_x[:, :, 0] >= 0  # (B, W); M of them are impressions
-        numbers = self.standardizer(numerical_x[mask])  # (M, N)
-        impressions = LazyConcat(embedding, self.numerical, categorical_x[mask], numbers)
+        if torch.compiler.is_exporting():  # shapes must not depend on the data: padding is embedded too, as id 0
+            ids, numbers = categorical_x.clamp(min=0).flatten(0, 1), numerical_x.flatten(0, 1)
+        else:
+            ids, numbers = categorical_x[mask], numerical_x[mask]  # (M, F), (M, N)
+        impressions = LazyConcat(embedding, self.numerical, ids, self.standardizer(numbers))
         context = self.encode(impressions.linear(self.step.weight, self.step.bias), mask)
         return categorical_x[:, -1], torch.cat([numerical_x[:, -1], context], dim=1)
 
     def encode(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """The context (B, C) of impressions (M, C), row by row of `mask` (B, W), which is False at padding."""
+        """The context (B, C) of impressions (M, C), row by row of `mask` (B, W), which is False at padding; in an
+        exported graph M = B W, and those at padding have no meaning."""
         raise NotImplementedError
 
 
@@ -66,11 +70,20 @@ class GRUEncoder(SequenceEncoder):
 
     def encode(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         lengths = mask.sum(dim=1)
+        if torch.compiler.is_exporting():
+            return self._encode_unpacked(embeddings.unflatten(0, mask.shape), lengths)
         first = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]  # padding moved to the end
         packed = pack_padded_sequence(_scatter_padded(embeddings, first), lengths.cpu(), batch_first=True,
                                       enforce_sorted=False)
         state: Tensor = self.gru(packed)[1]  # (1, B, C)
         return state[0]
+
+    def _encode_unpacked(self, placed: Tensor, lengths: Tensor) -> Tensor:
+        """The same for a window (B, W, C) whose last `lengths` (B,) places are impressions."""
+        first, width = placed.shape[1] - lengths, placed.shape[2]  # (B,)
+        places = (torch.arange(placed.shape[1], device=placed.device) + first[:, None]).clamp(max=placed.shape[1] - 1)
+        states: Tensor = self.gru(placed.gather(1, places.unsqueeze(2).expand(-1, -1, width)))[0]  # (B, W, C)
+        return states.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, width)).squeeze(1)
 
 
 class AttentionEncoder(SequenceEncoder):
@@ -91,6 +104,8 @@ class AttentionEncoder(SequenceEncoder):
 
 def _scatter_padded(embeddings: Tensor, mask: Tensor) -> Tensor:
     """Embeddings (M, C) where `mask` (B, W) is True, row by row; zeros elsewhere: (B, W, C)."""
+    if torch.compiler.is_exporting():
+        return embeddings.unflatten(0, mask.shape) * mask.unsqueeze(2)
     return embeddings.new_zeros(*mask.shape, embeddings.shape[1]).index_put((mask,), embeddings)
 
 

@@ -27,6 +27,7 @@ from dataset.vocabulary import Catemapper
 from layers import CriticNeg
 from layers.sequence import ENCODERS, make_critic
 from slmodels import MODELS, build
+from slmodels.predictor import Predictor
 
 BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # the documented widths of all models and critics
 TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
@@ -70,11 +71,15 @@ def keep_previous(path: Path, metadata: Mapping[str, Any], settings: Mapping[str
     print(f"{path}: the existing baseline, of other settings, is kept as {other}")
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Module:
+def load_model(path: str | Path, device: torch.device | str = "cpu", dataset: str | Path | None = None) -> nn.Module:
     """The model of a file that `SLmain.py` wrote, ready to predict: in eval mode, of the sizes in the file.
 
-    Besides, it has `metadata`, the metadata of the file (`model_metadata`), and `catemapper`, its vocabulary, which
-    gives a data set the ids that it was trained with: `model.catemapper.map(split)`. Raises UserError.
+    Besides, it has `metadata`, the metadata of the file (`model_metadata`); `catemapper`, its vocabulary, which gives a
+    data set the ids that it was trained with: `model.catemapper.map(split)`; and `predict`, which scores the rows of a
+    table (`slmodels.predictor.Predictor.predict`). Raises UserError.
+
+    dataset: the folder of the data set whose rows are the history of those to score, or the one above it; default: that
+        of the training, in `dataset/`. It is read at the first `predict`.
     """
     path, hint = Path(path), "train it anew: python3 SLmain.py --model_name=NAME"
     saved = load_tensors(path, hint)
@@ -83,6 +88,7 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> nn.Modul
                       if name not in ("weights", "catemapper", "settings")}
     mapping = saved.get("catemapper")
     model.catemapper = Catemapper.from_state_dict(mapping, path) if mapping else None  # type: ignore[assignment]
+    model.predict = Predictor(model, path, dataset or "dataset").predict  # type: ignore[assignment]
     return model
 
 

@@ -13,36 +13,52 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
 import torch
 
-from common.errors import UserError, command_line
-from common.fileio import is_safe_filename
+from common.errors import UserError, command_line, truncate
+from common.fileio import is_safe_filename, read_json
 from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_path, model_stem
-from dataset.tables import MAX_TASKS
+from dataset.manifest import MAX_TASKS
 from layers.sequence import ENCODERS
 from slmodels import MODELS
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_metadata
+from train.critic_weights import CRITIC_WEIGHTS, POLISH_METHODS
 from train.task_weighting import WEIGHTINGS
-
-POLISH_METHODS = ("full", "label", "constant", "critic", "inverse", "contrast", "shuffled", "contrast_shuffled")
+from train.tracking import BACKENDS
 
 Parsed = TypeVar("Parsed", bound="Settings")
 
 
 def option(default: Any, help: str, *, flag: str = "", choices: Sequence[str] = (), low: float = -math.inf,
-            high: float = math.inf, name: bool = False) -> Any:
-    """A field with its help, its allowed values (choices, or low to high, both allowed) and its flag; a `name` becomes
-    part of the names of files."""
+            high: float = math.inf, name: bool = False, several: bool = False) -> Any:
+    """A field with its help, its allowed values (choices, `several` with commas; or low to high, both allowed) and its
+    flag; a `name` becomes part of the names of files."""
     return field(default=default, metadata={"help": help, "flag": flag, "choices": tuple(choices), "low": low,
-                                            "high": high, "name": name})
+                                            "high": high, "name": name, "several": several})
+
+
+class _Given:
+    """Stores which settings the caller gave: a value that equals the default may be given, too."""
+
+    __slots__ = ("given",)  # not in `vars`, which are the settings
+    given: frozenset[str]
+
+    def __new__(cls, **values: Any) -> Self:
+        settings = super().__new__(cls)
+        settings.given = frozenset(values)
+        return settings
 
 
 @dataclass(kw_only=True)
-class Settings:
+class Settings(_Given):
     """The settings of a program. Checks every setting's range. Raises UserError."""
+
+    def default_of(self, setting: Field[Any]) -> Any:
+        """The value of a setting that is not given; it may depend on other settings."""
+        return setting.default
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -90,6 +106,8 @@ class Arguments(Settings):
         "factors are rounded to 10 or 7 bits, sums are not", choices=["float32", "tf32", "bf16"])
     seed: int = option(2022, "same seed, same machine: same results", low=0, high=2**31 - 1)
     resume: bool = option(False, "continue a stopped run of the same settings")
+    track: str = option("", "also write metrics, settings and plots to these trackers, with commas (needs "
+                        "requirements/tracking.txt)", choices=["", *BACKENDS], several=True)
 
     # data and files
     dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
@@ -131,7 +149,8 @@ class Arguments(Settings):
         """The command that creates what is missing, `python3 <program> --<name>=<value>`, with the same sizes, data and
         states."""
         same = [setting for setting in fields(Arguments)
-                if setting.name not in ("device", "precision", "seed", "resume", "epoch", "batch_size", "save_dir")]
+                if setting.name not in ("device", "precision", "seed", "resume", "track", "epoch", "batch_size",
+                                        "save_dir")]
         words = [f"python3 {program} --{name}={value}", *_flags(self, same)]
         stem = f"{self.dataset_name}_{self.critic_stem(value)}".removeprefix("rt_")
         if program == "RLmain.py" and stem != "esmm":  # the default replay buffer is that of another actor
@@ -158,9 +177,10 @@ class SLArguments(Arguments):
     polish_lambda: float = option(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)
     polish_method: str = option(
-        "full", "weights of the polish run: full 1 - lambda Q, label 1 - lambda y Q, critic -Q, inverse "
-        "1 / (1 - lambda Q), contrast exp(-lambda z), z the batch's standardized Q; or a control: constant 1, shuffled "
-        "and contrast_shuffled those of full and contrast on the wrong samples", choices=POLISH_METHODS)
+        "full", "weights of the polish run: "
+        + "; ".join(f"{name} {method.formula}" for name, method in CRITIC_WEIGHTS.items())
+        + "; or a control: constant 1; shuffled and NAME_shuffled those of full and NAME on the wrong samples",
+        choices=POLISH_METHODS)
     polish_normalize: bool = option(False, "divide the weights of a polish run by their mean over the batch")
     polish_init: str = option("baseline", "what a polish run trains: the baseline, or a model from scratch",
                                choices=["baseline", "scratch"])
@@ -216,8 +236,8 @@ class RLArguments(Arguments):
     reward_type: str = option("bce", "bce: minus the cross-entropy; norm: -|a - y|", choices=["bce", "norm"])
     epoch: int = option(100, "epochs at most; training stops earlier when the critics have converged", low=1)
     epoch_updates: int = option(200, "updates an epoch", low=1)
-    init_episode: int = option(10_000, "sessions of uniform actions in the replay buffer, so that critics see all of "
-                               "[0, 1]", low=0)
+    init_episode: int = option(-1, "sessions of uniform actions in the replay buffer, so that critics see all of "
+                               "[0, 1]; -1: 10,000, but at most half of the log's sessions", low=-1)
     converge_tolerance: float = option(0.05, "converged: the critic loss changes by less than this fraction ...", low=0)
     converge_trials: int = option(3, "... for so many epochs in a row", low=1)
     gamma: float = option(0.9, "discount of the next impression's reward", low=0, high=1)
@@ -254,10 +274,11 @@ def validate(setting: Field[Any], value: Any) -> None:
     flag = flag or f"--{setting.name}"
     if setting.metadata["name"] and not is_safe_filename(value):
         raise UserError(f"{flag}: '{value}' is not the name of a folder: no slashes; --dataset_path is its parent")
-    if choices and value not in choices:
-        meant = difflib.get_close_matches(str(value), choices, 1)
-        raise UserError(f"{flag}: unknown '{value}': one of {', '.join(filter(None, choices))}"
-                        + (f" (did you mean {meant[0]}?)" if meant else ""))
+    for given in str(value).split(",") if setting.metadata["several"] else [value]:
+        if choices and given not in choices:
+            meant = difflib.get_close_matches(str(given), choices, 1)
+            raise UserError(f"{flag}: unknown '{given}': one of {', '.join(filter(None, choices))}"
+                            + (f" (did you mean {meant[0]}?)" if meant else ""))
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{flag}: {value} is not a finite number")
     if isinstance(setting.default, tuple) and (not isinstance(value, tuple | list) or not value
@@ -284,12 +305,36 @@ def _of_type(setting: Field[Any], value: Any) -> Any:
     return value
 
 
+# What flags are called in other libraries or in the other program; the first that a program has is suggested.
+ALIASES = {
+    "model": ("model_name", "actor_name"), "model_name": ("actor_name",), "actor_name": ("model_name",),
+    "lr": ("learning_rate", "critic_lr"), "learning_rate": ("critic_lr",), "l2": ("weight_decay",),
+    "l2_reg": ("weight_decay",), "gpu": ("device=cuda",), "cuda": ("device=cuda",), "use_gpu": ("device=cuda",),
+    "cpu": ("device=cpu",), "bs": ("batch_size",), "epochs": ("epoch",), "num_epochs": ("epoch",),
+    "n_epochs": ("epoch",), "max_epochs": ("epoch",), "dim": ("embed_dim",), "emb_dim": ("embed_dim",),
+    "embedding_dim": ("embed_dim",), "embedding_size": ("embed_dim",), "data": ("dataset_name",),
+    "dataset": ("dataset_name",), "data_path": ("dataset_path",), "data_dir": ("dataset_path",),
+    "num_experts": ("expert_num",), "n_experts": ("expert_num",), "num_tasks": ("task_num",), "n_tasks": ("task_num",),
+    "lambda": ("polish",), "discount": ("gamma",), "buffer_size": ("memory_size",), "output": ("save_dir", "out"),
+    "output_dir": ("save_dir", "out"), "random_seed": ("seed",), "resume_from": ("resume",), "tracker": ("track",),
+    "logger": ("track",),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        found = re.match(r"unrecognized arguments: (--\w+)", message)
+        found = re.match(r"unrecognized arguments: --([\w-]+)", message)
+        meant = self._meant(found[1].replace("-", "_")) if found else ""
+        raise UserError(f"{message} ({f'did you mean {meant}? ' if meant else ''}--help explains every flag)")
+
+    def _meant(self, name: str) -> str:
+        """The flag that was probably meant: another library's name for it, a close spelling, or the one flag that
+        begins so; "" where there is none."""
         flags = [flag for setting in self._actions for flag in setting.option_strings]
-        meant = difflib.get_close_matches(found[1], flags, 1, 0.8) if found else []
-        raise UserError(f"{message} ({f'did you mean {meant[0]}? ' if meant else ''}--help explains every flag)")
+        aliases = [f"--{alias}" for alias in ALIASES.get(name, ()) if f"--{alias.split('=')[0]}" in flags]
+        begin = [flag for flag in flags if flag.startswith(f"--{name}")]
+        return next(iter([*aliases, *difflib.get_close_matches(f"--{name}", flags, 1, 0.8), *begin * (len(begin) == 1)]
+                         ), "")
 
 
 def to_command_line(program: str, settings: Settings) -> str:
@@ -302,7 +347,7 @@ def _flags(settings: Settings, among: Sequence[Field[Any]]) -> list[str]:
     words = []
     for setting in among:
         value = getattr(settings, setting.name)
-        if value != setting.default:
+        if value != settings.default_of(setting):
             flag = setting.metadata["flag"] or f"--{setting.name}"
             words.append(flag if value is True else f"{flag}={shlex.quote(_text(value))}")
     return words
@@ -320,10 +365,34 @@ def _widths(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"'{text}' is not a list of widths, such as 512,256") from None
 
 
+def read_settings(kind: type[Settings], path: Path) -> dict[str, Any]:
+    """The settings in a file: in the config.json of a run, or a JSON object of settings alone. Whether that run was
+    resumed is left out. Raises UserError, naming the file, for what is no setting of this program or not allowed."""
+    config = read_json(path)
+    given, known = config.get("settings", config), {setting.name: setting for setting in fields(kind)}
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: 'settings' is not a JSON object")
+    for name in given:
+        if name not in known:
+            meant = difflib.get_close_matches(name, known, 1)
+            raise UserError(f"{path}: {command_line([])} has no setting '{truncate(name)}'"
+                            + (f" (did you mean {meant[0]}?)" if meant else "")
+                            + (f"; the file is of: {truncate(config['command'], 200)}" if "command" in config else ""))
+        try:
+            validate(known[name], _of_type(known[name], given[name]))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+    return {name: value for name, value in given.items() if name != "resume"}
+
+
 def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None = None) -> Parsed:
-    """Read the command line into settings. Raises UserError for an unknown flag or a value that is not allowed."""
+    """Read the command line into settings; those of the file `--config` are the defaults. Raises UserError for an
+    unknown flag or a value that is not allowed."""
     parser = _Parser(prog=command_line([]), description=description, allow_abbrev=False,
+                     argument_default=argparse.SUPPRESS,  # only what is given is passed on
                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="", metavar="FILE", help="take settings from this file, the config.json of "
+                        "a run or a JSON object of settings; flags win, and --no-NAME switches off what it switches on")
     for setting in fields(kind):
         assert setting.default is not MISSING
         default = f" (default {_text(setting.default)})" if setting.default != "" else ""
@@ -334,8 +403,15 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
         if isinstance(setting.default, bool):
             parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, action="store_true",
                                 help=setting.metadata["help"])
+            parser.add_argument(f"--no-{setting.name}", dest=setting.name, action="store_false",
+                                help=argparse.SUPPRESS)
         else:
-            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name, default=setting.default,
+            parser.add_argument(*flags, f"--{setting.name}", dest=setting.name,
                                 type=_widths if isinstance(setting.default, tuple) else type(setting.default),
                                 metavar=setting.name.split("_")[-1].upper(), help=help_text)
-    return kind(**vars(parser.parse_args(arguments)))
+    config = parser.parse_args(arguments).config
+    if config:
+        parser.set_defaults(**read_settings(kind, Path(config)))
+    values = vars(parser.parse_args(arguments))
+    del values["config"]
+    return kind(**values)

@@ -31,7 +31,8 @@ from dataset.sessions import SessionIndex
 from env import MTEnv, SessionTable, compute_reward, describe, to_action_space
 from layers.critic import zero_fraction
 from train.metrics import task_metrics
-from train.plots import plot_panels
+from train.plots import plot_panels, varying
+from train.tracking import Trackers
 from train.utils import ConvergeStopper, load_attributes
 
 Floats = NDArray[np.float32]
@@ -40,6 +41,7 @@ NUM_ENVS = 4096  # sessions stepped at once
 EPISODES = 1000  # of an environment without num_sessions
 MAX_ZERO_FRACTION, MIN_Q_STD = 0.99, 1e-6  # beyond these a critic has collapsed
 MAX_RESETS = 2  # of each critic
+MIN_RANK_CORRELATION = 0.05  # of Q with the return; below it, critics rank held-out states no better than chance
 EVALUATION_ROWS = 16_384  # states in one forward pass
 
 
@@ -122,7 +124,7 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
                            save_dir: str | Path, memory_path: str | Path, *, seed: int = 2022, refill: bool = False,
                            epoch_updates: int = 200, stopper: ConvergeStopper | None = None,
                            settings: dict[str, Any] | None = None, manifest: dict[str, Any] | None = None,
-                           resume: bool = False) -> list[dict[str, Any]]:
+                           resume: bool = False, trackers: Trackers | None = None) -> list[dict[str, Any]]:
     """Fill the replay buffer, or load it, and train until the critics converge; return a row of metrics an epoch.
 
     An agent that trains its actor (`DDPG_ESMM`) has not converged before it did so for as many epochs as the stopper
@@ -136,6 +138,7 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
         save_dir: where the agent is saved at the end, and a checkpoint after every epoch.
         memory_path: the replay buffer is loaded from there if it is what this agent would fill, else filled and saved.
         settings, manifest: of the run and its data, for config.json.
+        trackers: what --track asks for; they are left open.
 
     Raises UserError: a replay buffer of another reward type, actor or data, a NaN loss, a critic that diverges or has
     collapsed, held-out sessions whose states are others than the agent's.
@@ -167,6 +170,10 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
             should_continue, num_resets = checkpoint["should_continue"], checkpoint["num_resets"]
             actor_epochs = int(checkpoint["actor_epochs"])
         print(f"resuming after epoch {checkpoint['epoch']}")
+    trackers = trackers or Trackers("")
+    trackers.start(run_dir, settings or {})
+    for row in history:
+        trackers.log_row(row)
     for number in range(first_epoch, epoch + 1):
         if not should_continue:
             break
@@ -190,15 +197,27 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
             "epoch": number, "should_continue": should_continue, "agent": agent.state_dict(), "history": history,
             "stopper": dict(vars(stopper)), "num_resets": num_resets, "actor_epochs": actor_epochs,
             "settings": settings or {}, "fingerprint": fingerprint, "origin": origin})
+        trackers.log_row(history[-1])
     change = ".1%" if stopper.relative else ".4g"
     print(f"converged in epoch {history[-1]['epoch']}: the critic loss changed by less than "
           f"{stopper.tolerance:{change}} for {stopper.num_trials} epochs" if not should_continue else
           f"stopped after epoch {history[-1]['epoch']}, the last one (--epoch)"
           + (f"; last change of the critic loss {stopper.change:{change}}" if np.isfinite(stopper.change) else ""))
+    _warn_of_uninformed_critics(agent, history[-1])
     agent.save_or_load_agent(save_dir, if_save=True)
     write_csv(run_dir.metrics, history)
     plot_loss(history, run_dir.curves)
     return history
+
+
+def _warn_of_uninformed_critics(agent: DDPG_ESMM, metrics: Mapping[str, float]) -> None:
+    """Print a line for each critic that has not learned to rank, whether its loss has converged or not."""
+    for task in range(agent.task_num):
+        correlation = metrics[f"rank_correlation_{task}"]
+        if correlation < MIN_RANK_CORRELATION:
+            print(f"warning: critic {task + 1}: rank correlation {correlation:.3f}: its Q says next to nothing about "
+                  "the return of held-out sessions, and neither would its weights: train longer (a smaller "
+                  "--converge_tolerance, more --converge_trials), or on a larger log")
 
 
 def _reset_collapsed_critics(agent: DDPG_ESMM, metrics: Mapping[str, float], resets_left: int) -> int:
@@ -426,6 +445,7 @@ def plot_loss(score: Any, critic_loss: Any = None, actor_loss: Any = None, actor
         ranks = {f"critic {task + 1}": [row[f"rank_correlation_{task}"] for row in rows]
                  for task in range(critics) if f"rank_correlation_{task}" in rows[0]}
         panels |= {"rank correlation of Q with the return": ranks} if ranks else {}
+        panels = varying(panels)  # where the actor does not train, the score is that of the baseline
     else:
         curves = [np.asarray(value, np.float64) for value in (values[1:] if len(values) == 5 else values)]
         if len(curves) != 4 or any(curve.ndim != 1 or not len(curve) for curve in curves):

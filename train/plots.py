@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from common.fileio import atomic_file
+
+Curves = TypeVar("Curves", bound=Mapping[str, Sequence[float]])
 
 
 def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]], x: Sequence[float] | None = None,
@@ -39,6 +42,13 @@ def plot_panels(path: Path, panels: Mapping[str, Mapping[str, Sequence[float]]],
             axis.legend(fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
+
+
+def varying(panels: Mapping[str, Curves]) -> dict[str, Curves]:
+    """The panels with a curve that changes; all of them if no curve does, as after one epoch."""
+    kept = {title: curves for title, curves in panels.items()
+            if any(len(set(values)) > 1 for values in curves.values())}
+    return kept or dict(panels)
 
 
 def save_figure(figure: Figure, path: Path) -> None:

@@ -19,10 +19,9 @@ from common.errors import UserError
 from common.run_dir import agent_dir, critic_names, network_path
 from layers import CriticNeg
 from slmodels.model_file import critic_from_file
-from train.Arguments import POLISH_METHODS, SLArguments
+from train.Arguments import SLArguments
+from train.critic_weights import CRITIC_WEIGHTS, POLISH_METHODS, UNSHUFFLED, controls_of
 from train.metrics import Metrics, read_test_metrics
-
-CONTROLS = ("constant", "shuffled")
 
 
 class RlLossPolisher:
@@ -37,10 +36,10 @@ class RlLossPolisher:
             the one that `sltrain` trains.
         critics: one a task; none are needed for `constant`.
         lambda_: lambda.
-        method: `full` 1 - lambda Q; `label` 1 - lambda y Q; `critic` -Q; `inverse` 1 / (1 - lambda Q); `contrast`
+        method: one of `train.critic_weights.CRITIC_WEIGHTS`, such as `full`, 1 - lambda Q, or `contrast`,
             exp(-lambda (Q - mean Q) / std Q), over the batch: lambda sets the spread of the weights; `constant` 1;
-            `shuffled` and `contrast_shuffled`: those of `full` and `contrast`, permuted over the samples of the batch
-            (a control: the same weights on the wrong samples).
+            `shuffled`, `contrast_shuffled`, ...: those of `full`, `contrast`, ..., permuted over the samples of the
+            batch (a control: the same weights on the wrong samples).
         normalize: divide a task's weights by their mean over the batch, so that they change which samples count, not
             how large the step is. This and `contrast` are the exceptions to "nothing else in the batch".
 
@@ -105,15 +104,9 @@ class RlLossPolisher:
                          for task, critic in enumerate(self.critics)], dim=1)  # (B, T)
         for critic, was_training in zip(self.critics, modes, strict=True):
             critic.train(was_training)
-        if self.method == "label":
-            q = labels[:, : q.shape[1]] * q
-        weights = -q if self.method == "critic" else 1 - self.polish_lambda * q
-        if self.method == "inverse":
-            weights = 1 / weights
-        elif self.method.startswith("contrast"):
-            std, mean = torch.std_mean(distributed.all_gather_rows([q]), dim=0, correction=0)
-            weights = torch.exp(-self.polish_lambda * (q - mean) / std.clamp(min=1e-6))
-        if self.method.endswith("shuffled"):
+        method = CRITIC_WEIGHTS[UNSHUFFLED.get(self.method, self.method)]
+        weights = method.weights(q, labels[:, : q.shape[1]], self.polish_lambda)
+        if self.method in UNSHUFFLED:
             full_batch = distributed.all_gather_rows([weights])
             (weights,), _ = distributed.shard([full_batch[torch.randperm(len(full_batch), device=weights.device)]])
         if self.normalize:
@@ -121,7 +114,7 @@ class RlLossPolisher:
         return weights
 
     def weight_statistics(self, task_names: Sequence[str]) -> dict[str, float]:
-        """Per task: quantiles of the weights since the last call, effective sample size and the fraction at 1.
+        """Per task: mean and quantiles of the weights since the last call, effective sample size, the fraction at 1.
 
         Effective sample size, as a fraction of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
@@ -130,6 +123,7 @@ class RlLossPolisher:
         statistics: dict[str, float] = {}
         for task, name in enumerate(task_names[: weights.shape[1]]):
             w = weights[:, task]
+            statistics[f"weight_mean_{name}"] = float(w.mean())
             for q in (0.05, 0.5, 0.95):
                 statistics[f"weight_q{100 * q:02.0f}_{name}"] = float(np.quantile(w, q))
             statistics[f"weight_ess_{name}"] = float(w.sum() ** 2 / (len(w) * (w**2).sum()))
@@ -217,7 +211,7 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
     """A table of test metrics: the baseline, the finished controls of these settings and initial weights `start`, this
     run (the best epoch on validation) and its last epoch."""
     rows, problems = {"baseline": baseline}, []
-    for method in CONTROLS:
+    for method in controls_of(settings.polish_method):
         if method != settings.polish_method:
             try:
                 control = _control_metrics(replace(settings, polish_method=method), start, task_names)
@@ -227,10 +221,14 @@ def comparison_table(settings: SLArguments, start: str, baseline: Sequence[Metri
             if control:
                 rows[f"control: {method}"] = control
     rows |= {f"this run: {settings.polish_method}": polished, "  its last epoch": last}
-    lines = [f"{'test split':<22}" + "".join(f"{name + ' AUC':>12}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}"
-                                             f"{'u-GAUC':>8}" for name in task_names)]
-    lines += [f"{title:<22}" + "".join(f"{task.auc:>12.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}"
-                                       f"{task.session_gauc:>8.4f}{task.user_gauc:>8.4f}" for task in metrics)
+    first = max(22, *(len(title) for title in rows))
+    widths = [max(12, len(f"{name} AUC") + 2) for name in task_names]
+    lines = [f"{'test split':<{first}}" + "".join(
+        f"{name + ' AUC':>{width}}{'Logloss':>10}{'s-Logloss':>11}{'s-GAUC':>8}{'u-GAUC':>8}"
+        for name, width in zip(task_names, widths, strict=True))]
+    lines += [f"{title:<{first}}" + "".join(
+        f"{task.auc:>{width}.4f}{task.logloss:>10.4f}{task.session_logloss:>11.4f}{task.session_gauc:>8.4f}"
+        f"{task.user_gauc:>8.4f}" for task, width in zip(metrics, widths, strict=True))
               for title, metrics in rows.items()]
     if "control: constant" not in rows and settings.polish_method != "constant":
         lines.append("no control run found: a gain over the baseline may be due to the additional training; run the "
@@ -247,7 +245,7 @@ def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str
     if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
     config = run_dir.read_config()
-    free = ("resume", "device", "task_num", "critic_model", "critic_dir", "critic_encoder")  # `start` has the tasks
+    free = ("resume", "device", "track", "task_num", "critic_model", "critic_dir", "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []

@@ -27,9 +27,10 @@ from dataset.rtrl import RetailRocketRLDataset, Splits
 from env import compute_reward
 from layers.base import Batch, Criterion, Weights, task_losses
 from train.metrics import Metrics, auc_leakage_warnings, compute_metrics, feature_leakage_warnings
-from train.plots import plot_panels
+from train.plots import plot_panels, varying
 from train.polish import RlLossPolisher
 from train.task_weighting import TaskWeighting
+from train.tracking import Trackers
 from train.utils import EarlyStopper
 
 Predictions = list[NDArray[np.float32]]
@@ -234,15 +235,18 @@ class Training:
         save_model: writes weights to a path, as a model file.
         polisher: gives the sample weights of a polish run.
         weighting: of the tasks.
+        trackers: what --track asks for.
     """
 
     def __init__(self, model: nn.Module, splits: Splits, optimizer: torch.optim.Adam, stopper: EarlyStopper,
                  run_dir: RunDirectory, save_model: Callable[[Path, Mapping[str, Tensor]], None],
                  device: torch.device, *, batch_size: int, seed: int,
-                 polisher: RlLossPolisher | None = None, weighting: TaskWeighting | None = None) -> None:
+                 polisher: RlLossPolisher | None = None, weighting: TaskWeighting | None = None,
+                 trackers: Trackers | None = None) -> None:
         self.model, self.splits, self.optimizer, self.stopper = model, splits, optimizer, stopper
         self.run_dir, self.save_model, self.device, self.seed = run_dir, save_model, device, seed
         self.polisher, self.weighting = polisher, weighting or TaskWeighting()
+        self.trackers = trackers or Trackers("")
         self.task_names = splits.task_names
         window = max(getattr(model, "window", 0), polisher.window if polisher is not None else 0)
         self.train_loader = TensorLoader(splits.train, batch_size, device, seed=seed, window=window)
@@ -278,6 +282,9 @@ class Training:
             metrics = evaluate(self.model, self.val_loader, len(self.task_names), self.device)
             self.stopper.is_continuable(self.model, validation_score(metrics), 0)
             self.history.append({"split": "val", "epoch": 0, "loss": float("nan"), **self._metric_columns(metrics)})
+        self.trackers.start(self.run_dir, settings)
+        for row in self.history:
+            self.trackers.log_row(row)
 
     def next_epoch(self, epochs: int) -> bool:
         """Begin the next of at most `epochs` epochs; False where the stopper has ended training, or it was the last."""
@@ -302,6 +309,7 @@ class Training:
             "epoch": self.epoch, "should_continue": self.should_continue, "model": self.model.state_dict(),
             "history": self.history, "optimizer": self.optimizer.state_dict(), "stopper": self.stopper.state_dict(),
             "weighting": self.weighting.state_dict(), **self.saved})
+        self.trackers.log_row(self.history[-1])
 
     def restore_best(self) -> None:
         """Give the model its best weights, and save them."""
@@ -314,18 +322,20 @@ class Training:
     def finish(self, metrics: Sequence[Metrics]) -> None:
         """Take the test metrics of the best weights: write metrics.csv and the plots."""
         history, best_epoch = self.history, self.stopper.best_epoch
-        write_csv(self.run_dir.metrics,
-                  [*history, {"split": "test", "epoch": best_epoch, **self._metric_columns(metrics)}])
+        test_row = {"split": "test", "epoch": best_epoch, **self._metric_columns(metrics)}
+        write_csv(self.run_dir.metrics, [*history, test_row])
         best = next(row for row in history if row["epoch"] == best_epoch)
         _print_lines(auc_leakage_warnings([best[f"auc_{name}"] for name in self.task_names], "validation",
                                           self.task_names))
         _print_lines(auc_leakage_warnings([task.auc for task in metrics], "test", self.task_names))
         plot_panels(self.run_dir.curves, _learning_curves(self.task_names, history),
                     [row["epoch"] for row in history], best_epoch=best_epoch, title=self.run_dir.name)
-        if self.polisher is not None:
+        if self.polisher is not None and self.polisher.method != "constant":  # whose weights are all 1
             trained = [row for row in history if row["epoch"]]
-            plot_panels(self.run_dir.weights_plot, _weight_curves(self.task_names, trained),
+            plot_panels(self.run_dir.weights_plot, varying(_weight_curves(self.task_names, trained)),
                         title=f"weights of {self.run_dir.name}")
+        self.trackers.log_row(test_row)
+        self.trackers.finish()
 
     def _metric_columns(self, metrics: Sequence[Metrics]) -> dict[str, float]:
         return {f"{metric}_{name}": value for name, task in zip(self.task_names, metrics, strict=True)

@@ -122,6 +122,19 @@ def test_baseline_of_other_sizes_is_refused(pipeline: Pipeline) -> None:
     assert "python3 SLmain.py --model_name=esmm --expert_num=2 --embed_dim=16" in text
 
 
+def test_uniform_sessions_are_relative_to_the_log(pipeline_dir: Path) -> None:
+    """By default at most half of the log's sessions, so at most a third of the buffer's; the flag gives any number."""
+    flags = [flag for flag in RL if not flag.startswith("--init_episode")]
+    pattern = r"([\d,]+) sessions of uniform actions, and all ([\d,]+) of"
+    found = re.search(pattern, succeed(pipeline_dir, "RLmain.py", *flags, "--epoch=1", "--refill"))
+    assert found
+    uniform, sessions = (int(number.replace(",", "")) for number in found.groups())
+    assert uniform == sessions // 2 > 0
+    found = re.search(pattern, succeed(pipeline_dir, "RLmain.py", *flags, "--epoch=1", "--refill", "--init_episode=0"))
+    assert found
+    assert found[1] == "0"
+
+
 def test_actor_that_would_not_train_is_refused(pipeline: Pipeline) -> None:
     before = read_tree(pipeline.folder)
     text = refused(pipeline.folder, "RLmain.py", "--agent=ddpg", "--epoch=3", *RL)

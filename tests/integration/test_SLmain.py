@@ -256,6 +256,19 @@ def test_unknown_names_and_numbers_are_refused(tmp_path: Path) -> None:
     assert "--device" in refused(tmp_path, "--device=toaster")
 
 
+def test_run_from_its_own_config_is_the_same(baseline_dir: Path, baseline_run: Run) -> None:
+    """The earlier run is kept as `*.previous.*`; flags win."""
+    ended = run_in_process(baseline_dir, "SLmain.py", f"--config={RUN_DIR}/config.json")
+    assert ended.returncode == 0, ended.stderr
+    assert (baseline_dir / RUN_DIR / "metrics.previous.csv").exists()
+    assert_same_run(baseline_dir, baseline_run[0])
+    settings = json.loads((baseline_dir / RUN_DIR / "config.json").read_text())["settings"]
+    assert settings == json.loads((baseline_run[0] / RUN_DIR / "config.json").read_text())["settings"]
+    text = run_in_process(baseline_dir, "RLmain.py", f"--config={RUN_DIR}/config.json").stderr
+    assert text.startswith(f"error: {RUN_DIR}/config.json: python3 ")
+    assert "SLmain.py" in text
+
+
 def test_calibrator_weight_is_for_aitm_only(workdir: Path) -> None:
     text = user_error_message(lambda: main(**TINY, calibrator_weight=0.6))
     assert "calibrator_weight" in text

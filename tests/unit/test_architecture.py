@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 
 LAYER = {"common": 0, "dataset": 1, "layers": 1, "slmodels": 2, "env": 2, "agents": 3, "train": 4, "SLmain": 5,
-         "RLmain": 5, "experiments": 6, "benchmarks": 6}
+         "RLmain": 5, "predict": 5, "experiments": 6, "benchmarks": 6}
 DOCUMENTED = {  # by the user's description
     "layers.layers": ["EmbeddingLayer", "MultiLayerPerceptron"], "layers.critic": ["Critic", "CriticNeg"],
     "layers.esmm": ["ESMM"], "agents.ReplayBuffer": ["ReplayBuffer"], "agents.DDPG_ESMM": ["DDPG_ESMM"],

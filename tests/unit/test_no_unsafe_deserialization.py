@@ -14,7 +14,8 @@ UNSAFE_MODULES = {"pickle", "_pickle", "pickletools", "cPickle", "marshal", "she
 HARMLESS = {"pickle.UnpicklingError", "pickle.PicklingError"}  # exceptions, to be caught
 UNSAFE_CALLS = re.compile(
     r"(builtins\.)?(eval|exec|compile|__import__|execfile)|importlib\.import_module|numpy\.(fromfile|loadtxt|genfromtxt)"
-    r"|pandas\.(read_pickle|read_hdf|eval)|torch\.(jit|hub|package|serialization|export)\..*|torch\.classes\..*"
+    r"|pandas\.(read_pickle|read_hdf|eval)|torch\.(jit|hub|package|serialization)\..*|torch\.classes\..*"
+    r"|torch\.export\.(?!(export|save|Dim|ExportedProgram)$).*"  # those make and write
     r"|logging\.config\..*|.*\.(to_pickle|read_pickle|add_safe_globals|safe_globals)")
 GUARDED = {"torch.load": {"weights_only": True}, "numpy.load": {"allow_pickle": False},
            "numpy.lib.format.read_array": {"allow_pickle": False}, "numpy.lib.npyio.NpzFile": {"allow_pickle": False},
@@ -76,7 +77,8 @@ def test_no_module_deserializes_code(module: str) -> None:
     "import pandas as pd\npd.read_pickle(f)", "table.to_pickle(f)", "import joblib\njoblib.load(f)",
     "from joblib import load", "import yaml\nyaml.load(f)", "from yaml import unsafe_load",
     "import dill\ndill.loads(b)", "import shelve\nshelve.open(f)", "import marshal\nmarshal.loads(b)",
-    "import torch\ntorch.jit.load(f)", "import torch\ntorch.serialization.add_safe_globals([A])",
+    "import torch\ntorch.jit.load(f)", "from torch.export import load\nload(f)",
+    "import torch\ntorch.export.load(f)", "import torch\ntorch.serialization.add_safe_globals([A])",
     "save(x, allow_pickle=True)", "__import__('os')", "import importlib\nimportlib.import_module(name)"])
 def test_unsafe_calls_are_found(source: str) -> None:
     assert unsafe(source), source
@@ -85,6 +87,7 @@ def test_unsafe_calls_are_found(source: str) -> None:
 @pytest.mark.parametrize("source", [
     "import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    pass", "from pickle import UnpicklingError",
     "import torch\ntorch.load(f, weights_only=True)", "import numpy as np\nnp.load(f, allow_pickle=False)",
+    "import torch\ntorch.export.save(torch.export.export(model, x), f)",
     "model.eval()", "import re\nre.compile('x')", "import json\njson.load(f)", "code = 1\nprint(code.real)"])
 def test_safe_calls_are_not_found(source: str) -> None:
     assert not unsafe(source)

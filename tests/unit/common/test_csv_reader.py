@@ -290,3 +290,30 @@ def test_cell_location_counts_blank_lines_and_multiline_cells(tmp_path: Path) ->
     path.write_text('item,text\n\n1,"two\nlines"\n2,b\n\n3,c\n')
     assert [cell_location(path, row, "item") for row in range(3)] == [
         f"{path}, line {line}, column 'item'" for line in (3, 5, 7)]
+
+
+# ------------------------------------------------------------------------------------ numbers, files without names
+
+
+@pytest.mark.parametrize(("cell", "value"), [("1.5", 1.5), ("-3e38", -3e38), (" 7 ", 7.0), ("", None), ("nan", None),
+                                             ("NA", None)])
+def test_optional_numbers(tmp_path: Path, cell: str, value: float | None) -> None:
+    (tmp_path / "a.csv").write_text(f"id,price\n1,{cell}\n")
+    (price,) = read_table(tmp_path / "a.csv", {"id": "id", "price": "optional_number"})["price"]
+    assert price == value or (value is None and pd.isna(price))
+
+
+@pytest.mark.parametrize("cell", ["inf", "-inf", "1e400", "3.5e38", "cheap", "1_0", "True"])
+def test_invalid_optional_numbers_are_named(tmp_path: Path, cell: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,price\n1,2\n2,{cell}\n")
+    text = user_error_message(lambda: read_table(tmp_path / "a.csv", {"id": "id", "price": "optional_number"}))
+    assert text.startswith(f"{tmp_path / 'a.csv'}, line 3, column 'price': '{cell}' is ")
+
+
+@pytest.mark.parametrize(("first", "told"), [
+    ("1,0,x", "line 1: a row, not a header (1,0,x): write the names of the columns into a line above it: "
+              "itemid,click,note"),
+    ("1,1,x", "line 1: duplicate column '1': rename or remove one; or is this a row, not a header?"),
+    ("a,b,c", "line 1: column 'itemid' is missing")])
+def test_file_without_header_is_told(tmp_path: Path, first: str, told: str) -> None:
+    assert told in user_error_message(lambda: table_of(tmp_path / "a.csv", f"{first}\n2,1,y\n"))

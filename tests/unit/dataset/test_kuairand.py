@@ -174,12 +174,12 @@ def test_features_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Pat
         assert (before.loc[~same, "click_rate"] > after.loc[~same, "click_rate"]).any()
 
 
-def test_a_history_key_must_be_a_key(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
+def test_a_history_key_must_be_an_id(kr: tuple[pd.DataFrame, Path], tmp_path: Path) -> None:
     shutil.copytree(kr[1], tmp_path / "kr")
     manifest = json.loads((tmp_path / "kr" / "manifest.json").read_text())
-    for history in ("tab", 7):
+    for history, reason in (("tab", "name 'tab' is not unique"), (7, "'history' is the name of an id of the rows")):
         (tmp_path / "kr" / "manifest.json").write_text(json.dumps({**manifest, "history": history}))
-        assert "'history' is the key" in user_error_message(lambda: load_splits(tmp_path / "kr"))
+        assert reason in user_error_message(lambda: load_splits(tmp_path / "kr"))
 
 
 def test_users_and_videos_have_their_fields(kr: tuple[pd.DataFrame, Path]) -> None:

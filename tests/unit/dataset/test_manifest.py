@@ -113,8 +113,12 @@ def test_the_fingerprint_depends_on_the_schema(tables: Path, splits: Splits) -> 
 @pytest.mark.parametrize(("changes", "reason"), [
     ({"categorical": [*PROPERTIES, "785"]}, "name '785' is not unique"),
     ({"long_tailed": ["colour"]}, "'long_tailed' contains unknown field 'colour'"),
-    ({"history": "colour"}, "'history' is the key of one of the tables, not 'colour'"),
-    ({"outputs": None}, "'outputs' is missing or of the wrong type")], ids=["duplicate", "unknown", "history", "type"])
+    ({"history": 7}, "'history' is the name of an id of the rows, not 7"),
+    ({"numbers": ["785"]}, "name '785' is not unique"), ({"numbers": "785"}, "'numbers' is a list of fields"),
+    ({"numbers": ["price"]}, "'numbers' contains unknown field 'price'"),
+    ({"id_fields": ["itemid"]}, "'id_fields' contains unknown field 'itemid': it is not in 'categorical'"),
+    ({"outputs": None}, "'outputs' is missing or of the wrong type")], ids=[
+        "duplicate", "unknown", "history", "number and category", "numbers", "number", "id", "type"])
 def test_errors_name_the_entry(tables: Path, changes: dict[str, Any], reason: str) -> None:
     path = change_manifest(tables, **changes)
     assert user_error_message(lambda: load_splits(tables)).startswith(f"{path}: {reason}")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import shlex
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ from conftest import user_error_message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from experiments.conditions import TABLES, ExperimentArguments, ExperimentRun, conditions
+from experiments.conditions import QUICK_DATASETS, TABLES, ExperimentArguments, ExperimentRun, conditions
 from train.Arguments import RLArguments, SLArguments, parse, to_command_line
 
 
@@ -72,5 +75,32 @@ def test_seeds_start_at_first_seed() -> None:
     assert list(ExperimentArguments(first_seed=6).all_seeds) == [6, 7, 8, 9, 10]
 
 
-def test_quick_keeps_explicit_settings() -> None:
-    assert (ExperimentArguments(quick=True).seeds, ExperimentArguments(quick=True, seeds=4).seeds) == (3, 4)
+def test_quick_keeps_what_was_given() -> None:
+    """Also a value that equals the default, and in the command of the report."""
+    assert ExperimentArguments(quick=True).seeds == 3
+    flags = ["--quick", "--seeds=5", "--models=esmm,mmoe,ple", "--epoch=3"]
+    settings = parse(ExperimentArguments, "", flags)
+    assert (settings.seeds, settings.models, settings.epoch, settings.embed_dim) == (5, "esmm,mmoe,ple", 3, 16)
+    command = to_command_line("x", replace(settings, workers=0))
+    assert command == "python3 x --models=esmm,mmoe,ple --seeds=5 --quick"
+    assert parse(ExperimentArguments, "", shlex.split(command)[2:]) == settings
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+def test_quick_reads_data_sets_of_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only an rt that is missing has a directory of its own, where no other command looks for it."""
+    monkeypatch.chdir(tmp_path)
+
+    def paths(*flags: str) -> list[str]:
+        settings = parse(ExperimentArguments, "", ["--datasets=rt,kr", *flags])
+        baseline = conditions(settings)[0]
+        return [ExperimentRun(name, baseline, 1).settings(settings).dataset_path for name in ("rt", "kr")]
+
+    assert paths("--quick") == [QUICK_DATASETS, "dataset"]
+    assert paths() == ["dataset", "dataset"]
+    assert paths("--quick", "--dataset_path=mine") == [QUICK_DATASETS, "mine"]
+    (tmp_path / "dataset" / "rt").mkdir(parents=True)
+    assert paths("--quick") == [QUICK_DATASETS, "dataset"], "an empty folder is no data set"
+    (tmp_path / "dataset" / "rt" / "train.csv").touch()
+    assert paths("--quick") == ["dataset", "dataset"]
+    assert not ExperimentArguments(quick=True, datasets="kr", dataset_path="none").simulates_rt

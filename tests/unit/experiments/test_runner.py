@@ -20,7 +20,7 @@ from conftest import run as run_program
 
 from common.errors import UserError
 from experiments.__main__ import cli
-from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
+from experiments.conditions import QUICK_DATASETS, ExperimentArguments, ExperimentRun, Key, conditions
 from experiments.runner import _make_executor, _pending, _reusable_rows, execute, run_experiments
 from experiments.statistics import read_results
 from train.Arguments import parse, to_command_line
@@ -90,16 +90,42 @@ def test_given_executor_runs_dependencies_first(rt_tables: Path, tmp_path: Path)
         assert order.index(("baseline", seed)) < order.index(("critics", seed)) < order.index(("RMTL", seed))
 
 
-def test_rows_of_other_tables_stay(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_other_selections_stay(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("experiments.runner.get_dataset", lambda *_: SimpleNamespace(fingerprint="f"))
     run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline")
     executor = FakeExecutor()
     _, rows = run_fake(executor, tmp_path, rt_tables, "--tables=weighting", "--name_filter=uncertainty")
     assert {condition for _, _, condition, _ in executor.keys} == {"uncertainty"}
     assert {row["condition"] for row in rows} == {"baseline", "uncertainty"}
+    _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--models=mmoe", "--first_seed=5")
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        *(("mmoe", seed) for seed in "56"), *(("esmm", seed) for seed in "1212")]
     _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--epoch=2")
-    assert {row["condition"] for row in rows} == {"baseline"}
+    assert len(rows) == 2
     assert {row["condition"] for row in read_results(tmp_path / "results.previous.csv")} == {"baseline", "uncertainty"}
+
+
+@pytest.mark.parametrize("present", ["kr", "rt"])
+def test_quick_simulates_only_what_is_needed(present: str, rt_tables: Path, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither another data set nor an rt that is there makes it simulate."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.runner.simulate", lambda *_: pytest.fail("simulated"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / present).symlink_to(rt_tables)
+    settings = small_settings("--quick", "--dataset_path=data", f"--datasets={present}")
+    assert run_experiments(settings, Path("results.csv"), FakeExecutor()) == ""
+    assert not Path("chkpt").exists()
+
+
+def test_quick_log_is_apart(rt_tables: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("experiments.runner.simulate", lambda folder, _: folder.mkdir(parents=True))
+    monkeypatch.setattr("experiments.runner.prepare", lambda _, folder: shutil.copytree(rt_tables, folder))
+    executor = FakeExecutor()
+    assert run_experiments(small_settings("--quick"), Path("results.csv"), executor) == ""
+    assert {f"--dataset_path={QUICK_DATASETS}" in row["command"] for row in read_results(Path("results.csv"))} == {True}
+    assert not Path("dataset").exists()
 
 
 def test_failed_run_skips_only_its_dependents(rt_tables: Path, tmp_path: Path) -> None:

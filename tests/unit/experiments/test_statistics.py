@@ -15,8 +15,9 @@ from scipy import stats
 
 from common.csv_reader import write_csv
 from experiments.__main__ import cli
-from experiments.report import headline, main_table, write_report
-from experiments.statistics import Results, holm, paired_t_test, read_results, write_results
+from experiments.plots import plot_differences
+from experiments.report import difference_table, headline, main_table, write_report
+from experiments.statistics import MAIN_PAIRS, PairedTest, Results, holm, paired_t_test, read_results, write_results
 
 Row = dict[str, str]
 DOCS = REPOSITORY / "docs" / "results"
@@ -98,6 +99,22 @@ def test_report_contains_differences_and_plots(tmp_path: Path) -> None:
     assert "| esmm | critics | 0.250 | 25.0% | 0.250 | 25.0% |" in text
     for picture in re.findall(r"\((.*?\.png)\)", text):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_forest_plot_has_the_rows_of_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same run against the same control, model by model."""
+    drawn: list[tuple[str, str, str]] = []
+    paired, results = Results.paired, Results.by_dataset(make_rows(0.003, 0.0003))["made"]
+    table = difference_table(results, [(model, *pair) for model in results.models for pair in MAIN_PAIRS])
+
+    def record(self: Results, model: str, condition: str, control: str, metric: str) -> PairedTest:
+        drawn.append((model, condition, control))
+        return paired(self, model, condition, control, metric)
+
+    monkeypatch.setattr(Results, "paired", record)
+    plot_differences(results, tmp_path / "gain.png", "made")
+    listed = [tuple(line.strip("| ").split(" | ")[:3]) for line in table.splitlines()[2:]]
+    assert drawn == listed * len(results.tasks)
 
 
 def test_rows_without_gauc_remain_reportable(tmp_path: Path) -> None:

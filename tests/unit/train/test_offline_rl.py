@@ -353,6 +353,17 @@ def test_untrained_agents_are_refused(tmp_path: Path, data: Data) -> None:
     assert str(tmp_path / "empty") in message
 
 
+def test_critics_that_rank_nothing_are_a_warning(tmp_path: Path, data: Data, capsys: pytest.CaptureFixture[str],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line for each, with what to do; none for a critic that ranks."""
+    correlations = iter([0.01, 0.4])
+    monkeypatch.setattr(offline, "rank_correlation", lambda *_: next(correlations))
+    trained(tmp_path, data, 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: critic 1: rank correlation 0.010")
+    assert "--converge_tolerance" in line
+
+
 def test_losses_are_drawn_into_a_png(tmp_path: Path) -> None:
     figures = ("score", "closs1", "closs2", "aloss", "aloss_reg", "rank_correlation_0", "rank_correlation_1")
     plot_loss([dict.fromkeys(figures, 0.5), dict.fromkeys(figures, 0.25)], tmp_path / "curves.png")

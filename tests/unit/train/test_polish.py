@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from dataset.vocabulary import encode_splits
 from layers import ESMM, CriticNeg
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, save_model
 from train.Arguments import SLArguments
+from train.critic_weights import SHUFFLED, controls_of
 from train.metrics import Metrics, read_test_metrics
-from train.polish import RlLossPolisher
+from train.polish import RlLossPolisher, comparison_table
 
 
 class Actor(nn.Module):
@@ -122,15 +124,24 @@ def test_label_free_weights_keep_the_optimum(method: str, expected: list[float])
     torch.testing.assert_close(torch.stack(means).mean(dim=0), torch.tensor(expected), atol=0.01, rtol=0)
 
 
-def test_shuffled_weights_are_a_permutation() -> None:
-    """Of whole samples: both tasks' weights of one sample stay together."""
+@pytest.mark.parametrize(("method", "control"), SHUFFLED.items())
+def test_shuffled_weights_are_a_permutation(method: str, control: str) -> None:
+    """Of whole samples: both tasks' weights of one sample stay together. Every method has such a control."""
     model = ESMM([5, 5], 1, 8, (16, 8), (8, 4), 2, 0.2)
     critics = [CriticNeg([5, 5], 1, 8, (16, 8), (8, 4)) for _ in range(2)]
-    batch = torch.randint(5, (50, 2)), torch.randn(50, 1), torch.zeros(50, 2)
-    full = RlLossPolisher(model, critics, 1.0).weights(*batch)
-    shuffled = RlLossPolisher(model, critics, 1.0, "shuffled").weights(*batch)
-    assert not torch.equal(full, shuffled)
-    assert sorted(map(tuple, full.tolist())) == sorted(map(tuple, shuffled.tolist()))
+    batch = torch.randint(5, (50, 2)), torch.randn(50, 1), torch.ones(50, 2)
+    plain = RlLossPolisher(model, critics, 1.0, method).weights(*batch)
+    shuffled = RlLossPolisher(model, critics, 1.0, control).weights(*batch)
+    assert not torch.equal(plain, shuffled)
+    assert sorted(map(tuple, plain.tolist())) == sorted(map(tuple, shuffled.tolist()))
+
+
+def test_every_method_has_its_own_controls() -> None:
+    assert {method: controls_of(method) for method in ("full", "contrast", "contrast_shuffled", "constant")} == {
+        "full": ("constant", "shuffled"), "contrast": ("constant", "contrast_shuffled"),
+        "contrast_shuffled": ("constant", "contrast_shuffled"), "constant": ("constant", "shuffled")}
+    assert {"full", "label", "constant", "critic", "inverse", "contrast", "shuffled",
+            "contrast_shuffled"} < set(RlLossPolisher.METHODS)
 
 
 def test_constant_needs_no_critics() -> None:
@@ -188,6 +199,7 @@ def test_weight_statistics_by_hand() -> None:
     for part in ([[1.0, 1], [1, 2]], [[1, 3], [1, 4], [1, 1]]):
         polisher._weight_buffer.append(torch.tensor(part))
     figures = polisher.weight_statistics(["CTR", "CTCVR"])
+    assert figures["weight_mean_CTCVR"] == pytest.approx(11 / 5)
     assert figures["weight_ess_CTR"] == figures["weight_at_1_CTR"] == 1
     assert [figures[f"weight_q{q}_CTR"] for q in ("05", "50", "95")] == [1, 1, 1]
     assert figures["weight_ess_CTCVR"] == pytest.approx(11**2 / (5 * (1 + 4 + 9 + 16 + 1)))
@@ -294,6 +306,29 @@ def test_comparison_table_has_baseline_control_and_run(shop: Path, capsys: pytes
     assert rows["baseline"] == pytest.approx([figure for one in baseline for figure in one], abs=5.1e-5)
 
 
+def test_columns_of_long_names_are_apart(tmp_path: Path) -> None:
+    """Of tasks and methods; every figure ends below the end of its header."""
+    metrics = [Metrics(*(0.5,) * len(Metrics._fields))] * 2
+    settings = SLArguments(polish_lambda=1.0, polish_method="contrast_shuffled", save_dir=str(tmp_path))
+    header, *rows = comparison_table(settings, "", metrics, metrics, metrics, ["profile_enter", "CTR"]).splitlines()[:4]
+    assert header.split() == ["test", "split", "profile_enter", "AUC", "Logloss", "s-Logloss", "s-GAUC", "u-GAUC",
+                              "CTR", "AUC", "Logloss", "s-Logloss", "s-GAUC", "u-GAUC"]
+    ends = [match.end() for match in re.finditer(r"\S+", header)][3:]
+    ends.remove(header.index("CTR") + 3)
+    for row in rows:
+        assert [match.end() for match in re.finditer(r"0\.5000", row)] == ends
+    assert header.index("profile_enter") > len("this run: contrast_shuffled")
+
+
+def test_constant_weights_are_not_drawn(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every panel would be flat; nor is a mean weight printed."""
+    polished(polish_method="constant", critic_dir="nowhere")
+    assert not list(shop.glob("chkpt/SL/**/weights.png"))
+    said = capsys.readouterr().out
+    assert "weights.png" not in said
+    assert "mean weight" not in said
+
+
 @pytest.mark.parametrize("change", [{"seed": 5}, {"learning_rate": 0.1}, {"epoch": 2}])
 def test_control_of_other_settings_is_ignored(shop: Path, capsys: pytest.CaptureFixture[str],
                                               change: dict[str, Any]) -> None:
@@ -373,7 +408,7 @@ def test_out_of_range_metric_is_refused(tmp_path: Path, cell: str) -> None:
     assert "line 3, column 'split'" in user_error_message(lambda: read_test_metrics(path, names))
 
 
-def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
+def test_weights_are_in_the_metrics_and_drawn(shop: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_critics()
     polished(polish_lambda=0.5, epoch=2)
     books = shop / "chkpt/SL/rt_esmm/rt_esmm_0.5"
@@ -387,6 +422,8 @@ def test_weights_are_in_the_metrics_and_drawn(shop: Path) -> None:
             assert 0 < float(row[f"weight_ess_{task}"]) <= 1
             assert 0 <= float(row[f"weight_at_1_{task}"]) <= 1
     assert (books / "weights.png").read_bytes().startswith(b"\x89PNG")
+    means = ", ".join(f"{task} {float(rows[-1][f'weight_mean_{task}']):.2f}" for task in ("CTR", "CTCVR"))
+    assert f"mean weight in the last epoch: {means}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("changed", "named"), [

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from dataset.rtrl import RetailRocketRLDataset, load_splits
 from dataset.vocabulary import Catemapper, encode_splits
 from layers import ESMM
 from slmodels.model_file import save_model
-from train.Arguments import SLArguments, parse
+from train.Arguments import ALIASES, Arguments, RLArguments, SLArguments, parse
 from train.metrics import Metrics, group_auc, task_metrics
+from train.plots import varying
 from train.supervised import validation_score
 from train.utils import EarlyStopper
 
@@ -457,6 +459,61 @@ def test_invalid_flag_is_refused_in_one_line(flag: str, words: list[str]) -> Non
     assert all(word in text for word in words)
 
 
+@pytest.mark.parametrize(("kind", "flag", "meant"), [
+    (SLArguments, "--model=ple", "--model_name"), (RLArguments, "--model=ple", "--actor_name"),
+    (RLArguments, "--model_name=ple", "--actor_name"), (SLArguments, "--lr=0.1", "--learning_rate"),
+    (RLArguments, "--lr=0.1", "--critic_lr"), (SLArguments, "--gpu", "--device=cuda"),
+    (SLArguments, "--batch=64", "--batch_size"), (SLArguments, "--batch-size=64", "--batch_size"),
+    (SLArguments, "--epochs=3", "--epoch"), (SLArguments, "--dim=8", "--embed_dim"),
+    (SLArguments, "--lambda=1", "--polish"), (RLArguments, "--dropout=0.1", "--drop_out"),
+])
+def test_near_miss_of_a_flag_gets_a_hint(kind: type[Arguments], flag: str, meant: str) -> None:
+    assert f"(did you mean {meant}? --help" in user_error_message(lambda: parse(kind, "", [flag]))
+
+
+def test_every_alias_is_a_flag_of_some_program() -> None:
+    flags = {name for kind in (SLArguments, RLArguments) for one in fields(kind)
+             for name in (one.name, one.metadata["flag"].removeprefix("--"))} | {"out"}
+    assert {alias.split("=")[0] for aliases in ALIASES.values() for alias in aliases} <= flags
+
+
+def write_config(path: Path, config: Any) -> str:
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return f"--config={path}"
+
+
+def test_config_gives_settings_and_flags_win(tmp_path: Path) -> None:
+    """Both forms; every type; a switch that is on in the file is switched off by --no-NAME. Not --resume."""
+    written = SLArguments(model_name="ple", polish_lambda=0.5, bottom_mlp_dims=(32, 16), polish_normalize=True, seed=7)
+    for config in ({"command": "c", "settings": {**written.plain(), "resume": True}}, written.plain()):
+        flag = write_config(tmp_path / "run.json", config)
+        assert arguments(flag) == written
+        assert arguments("--seed=8", flag, "--no-polish_normalize", "--polish=0") == replace(
+            written, seed=8, polish_normalize=False, polish_lambda=0.0)
+    assert arguments(write_config(tmp_path / "part.json", {"embed_dim": 8})) == SLArguments(embed_dim=8)
+
+
+@pytest.mark.parametrize(("config", "words"), [
+    ({"settings": {"embed_dims": 8}}, "has no setting 'embed_dims' (did you mean embed_dim?)"),
+    ({"settings": RLArguments().plain(), "command": "python3 RLmain.py"}, "the file is of: python3 RLmain.py"),
+    ({"settings": {"embed_dim": 0}}, "--embed_dim: 0 is not between 1 and 65536"),
+    ({"settings": {"embed_dim": "8"}}, "--embed_dim: '8' is of type str, not int"),
+    ({"settings": {"bottom_mlp_dims": [8, "x"]}}, "--bottom_mlp_dims"),
+    ({"settings": {"model_name": None}}, "--model_name: None is of type NoneType"),
+    ({"settings": [1]}, "'settings' is not a JSON object"),
+    ([1], "expected a JSON object"),
+])
+def test_wrong_config_is_one_line(tmp_path: Path, config: Any, words: str) -> None:
+    flag = write_config(tmp_path / "run.json", config)
+    text = user_error_message(lambda: arguments(flag))
+    assert text.startswith(f"{tmp_path / 'run.json'}: ")
+    assert words in text
+
+
+def test_missing_config_is_one_line(tmp_path: Path) -> None:
+    assert "no such file" in user_error_message(lambda: arguments(f"--config={tmp_path / 'none.json'}"))
+
+
 @pytest.mark.parametrize("wrong", [{"model_name": "esm"}, {"embed_dim": 0}, {"learning_rate": float("nan")},
                                    {"learning_rate": float("inf")}], ids=str)
 def test_settings_are_checked_without_a_command_line_too(wrong: dict[str, Any]) -> None:
@@ -484,3 +541,11 @@ def test_settings_take_numpys_numbers_paths_and_devices() -> None:
                                              ("resume", 1), ("model_name", None)])
 def test_a_setting_of_another_type_is_refused(name: str, value: Any) -> None:
     assert f"--{name}: {value!r} is of type" in user_error_message(lambda: SLArguments(**{name: value}))
+
+
+def test_panels_without_a_change_are_left_out() -> None:
+    """All of them are kept where nothing could change, after one epoch."""
+    panels = {"flat": {"a": [1.0, 1.0], "b": [0.0, 0.0]}, "one of them moves": {"a": [1.0, 1.0], "b": [0.0, 0.1]}}
+    assert list(varying(panels)) == ["one of them moves"]
+    single = {"a": {"a": [1.0]}, "b": {"b": [2.0]}}
+    assert varying(single) == single
