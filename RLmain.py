@@ -30,7 +30,7 @@ from common.csv_reader import write_csv
 from common.device import pick_device, set_seed
 from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
-from common.run_dir import NETWORK_NAMES, network_path
+from common.run_dir import network_names, network_path
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.simulate import config_from_manifest, expected_return
 from dataset.vocabulary import encode_splits
@@ -91,10 +91,11 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: train it first: {train_baseline}")
     trackers = Trackers(settings.track)
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
     memory_path = Path(settings.memory_path)
     check_writable(run_dir.path, memory_path.parent,
-                   files=[*run_dir.files, memory_path, *(network_path(run_dir.path, name) for name in NETWORK_NAMES)])
+                   files=[*run_dir.files, memory_path, *(network_path(run_dir.path, name)
+                                                         for name in network_names(len(splits.task_names)))])
     encode_splits(splits, settings.feature_map_rate)
     check_metadata(load_tensors(baseline, f"train it first: {train_baseline}"),
                    settings.metadata(settings.actor_name, splits.train.metadata), baseline,
@@ -131,18 +132,18 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
 def check_fits_in_memory(settings: RLArguments, splits: Splits, device: torch.device) -> None:
     """Raise UserError where the agent would not fit into memory, before it is allocated."""
     field_dims, numerical_num = splits.train.field_dims, splits.train.numerical_num
-    widths = settings.bottom_mlp_dims, settings.tower_mlp_dims
+    widths, task_num = (settings.bottom_mlp_dims, settings.tower_mlp_dims), len(splits.task_names)
     actor = network_size(lambda: get_model(
-        settings.actor_name, field_dims, numerical_num, settings.task_num, settings.expert_num, settings.embed_dim,
-        encoder=settings.encoder, window=settings.window, bottom_mlp_dims=widths[0], tower_mlp_dims=widths[1]),
-        field_dims, settings.embed_dim)
+        settings.actor_name, field_dims, numerical_num, task_num, settings.expert_num, settings.embed_dim,
+        encoder=settings.encoder, window=settings.window, bottom_mlp_dims=widths[0], tower_mlp_dims=widths[1],
+        given=splits.given), field_dims, settings.embed_dim)
     critic = network_size(lambda: make_critic(settings.resolved_critic_encoder, settings.window, field_dims,
                                               numerical_num, settings.embed_dim, *widths),
                           field_dims, settings.embed_dim)
     val_rows = len(splits.val) if splits.val.ground_truth is not None and settings.reward_type == "bce" else 0
     state = (len(field_dims) + numerical_num) * max(1, settings.state_context)
-    transition_bytes = 4 * (2 * state + 3 * settings.task_num + 1)
-    check_agent(actor, critic, settings.batch_size, settings.memory_size, transition_bytes, val_rows, device)
+    transition_bytes = 4 * (2 * state + 3 * task_num + 1)
+    check_agent(actor, critic, task_num, settings.batch_size, settings.memory_size, transition_bytes, val_rows, device)
 
 
 def print_critic_report(splits: Splits, reward_type: str, agent: DDPG_ESMM, last: Mapping[str, Any]) -> None:

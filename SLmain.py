@@ -45,7 +45,7 @@ from train.tracking import Trackers
 from train.utils import EarlyStopper
 
 
-def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int = 2, expert_num: int = 8,
+def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int = 0, expert_num: int = 8,
          model_name: str = "esmm", epoch: int = 50, learning_rate: float = 1e-3, feature_map_rate: float = 0.2,
          batch_size: int = 2048, embed_dim: int = 128, weight_decay: float = 1e-6, polish_lambda: float = 0.0,
          device: str = "auto", save_dir: str = "chkpt/SL", **more: Any) -> list[Metrics]:
@@ -82,7 +82,7 @@ def run_exclusively(work: Callable[[SLArguments, torch.device], list[Metrics]],
 def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
     run_dir, baseline = settings.run_dir, settings.baseline(settings.model_name)
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
     check_writable(run_dir.path, baseline.parent, files=[*run_dir.files, baseline])
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)
@@ -105,23 +105,24 @@ def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]
 def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
     run_dir = settings.run_dir
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
     check_writable(run_dir.path, files=run_dir.files)
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)
     initial_state = copy.deepcopy(model.state_dict())  # the baseline's own: constant weights reproduce the baseline
     load_baseline(settings, splits, model)
-    baseline_metrics = evaluate(model, evaluation_loader(model, splits.test, device), settings.task_num, device)
+    names = splits.task_names
+    baseline_metrics = evaluate(model, evaluation_loader(model, splits.test, device), len(names), device)
     polisher = make_polisher(settings, splits.train.metadata, model, device)
     if settings.polish_init == "scratch":
         model.load_state_dict(initial_state)
-    start, names = state_dict_hash(model), splits.task_names[: settings.task_num]
+    start = state_dict_hash(model)
     deciles = loss_by_weight_decile(model, polisher, splits.val, names, device)
     training = make_training(settings, splits, catemapper, model, device, polisher)
     training.start(settings.plain(), settings.resume, warm_start=settings.is_finetuning)
     fit(training, settings.epoch)
     training.save_model(run_dir.last_model, model.state_dict())
-    last_metrics = evaluate(model, training.test_loader, settings.task_num, device)
+    last_metrics = evaluate(model, training.test_loader, len(names), device)
     training.restore_best()
     metrics = test(training)
     training.finish(metrics)
@@ -144,9 +145,9 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     """The untrained model of the settings; the same seed gives the same weights. Raises UserError where its training
     would not fit into memory."""
     field_dims = splits.train.field_dims
-    build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, settings.task_num,
+    build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, len(splits.task_names),
                     settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator_weight,
-                    settings.encoder, settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims)
+                    settings.encoder, settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims, splits.given)
     check_training(network_size(build, field_dims, settings.embed_dim), settings.model_name,
                    min(settings.batch_size, len(splits.train)), device)
     set_seed(settings.seed)
@@ -177,9 +178,9 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
     return Training(
         model, splits,
         torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True),
-        EarlyStopper(settings.patience), settings.run_dir, save, device, task_num=settings.task_num,
-        batch_size=settings.batch_size, seed=settings.seed, polisher=polisher,
-        weighting=make_task_weighting(settings.weighting, settings.task_num, settings.learning_rate, device),
+        EarlyStopper(settings.patience), settings.run_dir, save, device, batch_size=settings.batch_size,
+        seed=settings.seed, polisher=polisher,
+        weighting=make_task_weighting(settings.weighting, len(splits.task_names), settings.learning_rate, device),
         trackers=Trackers(settings.track))
 
 

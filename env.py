@@ -264,7 +264,7 @@ def cli() -> None:
     fields = len(env.sessions.field_dims)
     print(f"{env.num_sessions:,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
           f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")
-    action = env.sessions.labels.mean(axis=0)
+    action, labels = env.sessions.labels.mean(axis=0), ", ".join(task["label"] for task in splits.manifest["tasks"])
     state, info = env.reset(seed=0)
     for _ in range(3):
         print(f"\nsession {info['session']}")
@@ -272,7 +272,7 @@ def cli() -> None:
         while not terminated:
             ids, numbers = state[:fields].astype(int).tolist(), " ".join(f"{number:.2f}" for number in state[fields:])
             state, reward, terminated, _, info = env.step(action)
-            print(f"  ids {ids}  so far {numbers}  click, pay {info['label'].astype(int).tolist()}  reward "
+            print(f"  ids {ids}  so far {numbers}  {labels} {info['label'].astype(int).tolist()}  reward "
                   + " ".join(f"{task_reward:.3f}" for task_reward in reward))
         state, info = env.reset()
 

@@ -27,7 +27,7 @@ from common.checkpoint import (
 )
 from common.errors import UserError
 from common.finite import NonFiniteMonitor, first_nonfinite_tensor
-from common.run_dir import NETWORK_NAMES, baseline_path, network_path
+from common.run_dir import baseline_path, critic_names, network_names, network_path
 from env import Floats, describe, to_action_space
 from layers import Critic, CriticNeg, MultiTaskModel, set_embedding_dropout
 from layers.sequence import SequenceCritic, SequenceModel, make_critic
@@ -37,7 +37,7 @@ Tensors = dict[str, Tensor]
 
 
 class DDPG_ESMM:
-    """Seven networks: pretrain_actor; actor, actor_target; critic1, critic2 and their targets.
+    """The networks, seven for two tasks: pretrain_actor; actor, actor_target; critic1 ... criticT and their targets.
 
     Args:
         env: the sessions that are learned from, an `env.MTEnv` or one in wrappers; windows of them (`is_seq`) for an
@@ -61,6 +61,12 @@ class DDPG_ESMM:
     """
 
     trains_actor = True
+    critic1: CriticNeg
+    critic1_target: CriticNeg
+    critic1_optimizer: torch.optim.Adam
+    critic2: CriticNeg  # of two tasks or more; critic3 and so on are attributes as well
+    critic2_target: CriticNeg
+    critic2_optimizer: torch.optim.Adam
 
     def __init__(self, env: gym.Env[Any, Any], actor_name: str = "esmm", gamma: float = 0.9,
                  pretrain_path: str | Path = "./pretrain", embed_dim: int = 128,
@@ -92,18 +98,17 @@ class DDPG_ESMM:
         set_embedding_dropout(actor, embed_dropout)
         self.pretrain_actor, self.actor, self.actor_target = actor, copy.deepcopy(actor), copy.deepcopy(actor)
         widths = saved["embed_dim"], saved["bottom_mlp_dims"], saved["tower_mlp_dims"]
-        self.critic1, self.critic2 = (
-            make_critic(self.critic_encoder, self.states.window, self.states.field_dims, self.states.numerical_num,
-                        *widths, drop_out).to(device) for _ in range(2))
-        for task, critic in enumerate((self.critic1, self.critic2)):
+        for task, name in enumerate(critic_names(self.task_num)):
+            critic = make_critic(self.critic_encoder, self.states.window, self.states.field_dims,
+                                 self.states.numerical_num, *widths, drop_out).to(device)
             init_critic_from_actor(critic, actor, task)
-        self.critic1_target, self.critic2_target = copy.deepcopy(self.critic1), copy.deepcopy(self.critic2)
-        for frozen in (self.pretrain_actor, self.actor_target, self.critic1_target, self.critic2_target):
+            setattr(self, name, critic)
+            setattr(self, f"{name}_target", copy.deepcopy(critic))
+            setattr(self, f"{name}_optimizer", torch.optim.Adam(critic.parameters(), lr=critic_lr, fused=True))
+        for frozen in (self.pretrain_actor, self.actor_target, *(target for _, target, _ in self.critics())):
             frozen.eval().requires_grad_(False)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=actor_lr, fused=True)
         self.nan_monitors = [NonFiniteMonitor(device, 50) for _ in range(self.task_num)]  # of the critics' losses
-        self.critic1_optimizer = torch.optim.Adam(self.critic1.parameters(), lr=critic_lr, fused=True)
-        self.critic2_optimizer = torch.optim.Adam(self.critic2.parameters(), lr=critic_lr, fused=True)
 
     def _read_baseline(self, path: Path, hint: str, actor_name: str, encoder: str,
                        sizes: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
@@ -122,11 +127,11 @@ class DDPG_ESMM:
 
     def critics(self) -> list[tuple[CriticNeg, CriticNeg, torch.optim.Adam]]:
         """Each task's critic, its target and its optimizer."""
-        return [(self.critic1, self.critic1_target, self.critic1_optimizer),
-                (self.critic2, self.critic2_target, self.critic2_optimizer)][: self.task_num]
+        return [(getattr(self, name), getattr(self, f"{name}_target"), getattr(self, f"{name}_optimizer"))
+                for name in critic_names(self.task_num)]
 
     def networks(self) -> dict[str, nn.Module]:
-        return {name: getattr(self, name) for name in NETWORK_NAMES}
+        return {name: getattr(self, name) for name in network_names(self.task_num)}
 
     def select_action(self, state: ArrayLike, noise: bool = True) -> Floats:
         """The actor's predictions for one observation of the environment or a batch of them, (...) or (B, ...), within
@@ -214,7 +219,7 @@ class DDPG_ESMM:
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
     def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The actor's two losses: -mean(Q_1 + Q_2), and the penalty actor_reg mean (a - a_pretrained)^2.
+        """The actor's two losses: -mean(Q_1 + ... + Q_T), and the penalty actor_reg mean (a - a_pretrained)^2.
 
         part: which fraction of the whole batch `transition` is.
         """
@@ -230,9 +235,9 @@ class DDPG_ESMM:
         return torch.stack([critic(*state, action[:, task:task + 1])
                             for task, (critic, _, _) in enumerate(self.critics())])
 
-    def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One DDPG update: both critics, then, after init_training_step, the actor. Returns the losses of critic 1 and
-        2 and of the actor, and its penalty."""
+    def update(self) -> tuple[Tensor, ...]:
+        """One DDPG update: all critics, then, after init_training_step, the actor. Returns T + 2 tensors (): the losses
+        of critic 1 to T and of the actor, and its penalty."""
         transition, part = self.sample_shard()
         closses = self._update_critics(transition, part)
         aloss, aloss_reg = self._actor_losses(transition, part)
@@ -244,7 +249,7 @@ class DDPG_ESMM:
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
         aloss, aloss_reg = distributed.all_reduce_sum(part * torch.stack([aloss, aloss_reg]).detach())
-        return closses[0], closses[-1], aloss, aloss_reg
+        return *closses, aloss, aloss_reg
 
     def _update_critics(self, transition: Tensors, part: float) -> Tensor:
         closses = []
@@ -284,7 +289,7 @@ class DDPG_ESMM:
             soft_update(target, critic, tau)
 
     def save_or_load_agent(self, cwd: str | Path, if_save: bool) -> None:
-        """Write the seven networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
+        """Write all networks to, or read them from, `<cwd>/<network>.pth`. Raises UserError.
 
         Each file contains the hash of its `agent`, so that networks of two runs, one stopped while it wrote, are
         distinguished.
@@ -311,8 +316,7 @@ class DDPG_ESMM:
 
     def state_dict(self) -> dict[str, Any]:
         """All that the next update depends on, but for the replay buffer and the random numbers."""
-        optimizers = {"actor": self.actor_optimizer, "critic1": self.critic1_optimizer,
-                      "critic2": self.critic2_optimizer}
+        optimizers = {name: getattr(self, f"{name}_optimizer") for name in ("actor", *critic_names(self.task_num))}
         return {"networks": {name: network.state_dict() for name, network in self.networks().items()},
                 "optimizers": {name: optimizer.state_dict() for name, optimizer in optimizers.items()},
                 "updates": self.updates}

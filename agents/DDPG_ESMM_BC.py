@@ -79,8 +79,8 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         return self._discounted(critic_id, transition, next_q)
 
     def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
-        """As the parent, but the first is -lambda mean(Q_1 + Q_2), lambda = 1 / mean|Q(s, a)| over the batch's own
-        actions (TD3+BC, equation (5)), the whole batch's where `transition` is a part of it."""
+        """As the parent, but the first is -lambda mean(Q_1 + ... + Q_T), lambda = 1 / mean|Q(s, a)| over the batch's
+        own actions (TD3+BC, equation (5)), the whole batch's where `transition` is a part of it."""
         aloss, aloss_reg = super().get_aloss(transition, part)
         with torch.no_grad():
             state = transition["categorical_x"], transition["numerical_x"]
@@ -92,8 +92,8 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         """The actor is not trained, so only the critics' targets move."""
         self._soft_update_critics(tau)
 
-    def update(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One update of both critics. Returns their losses, and the actor's two losses when last evaluated."""
+    def update(self) -> tuple[Tensor, ...]:
+        """One update of all critics. Returns their losses, and the actor's two losses when last evaluated."""
         transition, part = self.sample_shard()
         closses = self._update_critics(transition, part)
         if self.updates % LOG_INTERVAL == 1:
@@ -103,7 +103,7 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         assert self.last_actor_losses is not None
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
-        return closses[0], closses[-1], *self.last_actor_losses
+        return *closses, *self.last_actor_losses
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "last_actor_losses": [float(one) for one in self.last_actor_losses or ()]}

@@ -21,9 +21,18 @@ from common.errors import UserError, command_line, mark_run_started, truncate
 from common.fileio import read_json, write_json
 
 AGENT_DIR_NAMES = {"bc": "TD3BC", "td3bc": "TD3BCactor", "ddpg": "DDPG", "multiweight": "DDPGmw"}
-CRITIC_NAMES = ("critic1", "critic2")
-NETWORK_NAMES = ("pretrain_actor", "actor", "actor_target", *CRITIC_NAMES, "critic1_target", "critic2_target")
 MUTABLE_ON_RESUME = ("resume", "device", "epoch", "refill", "track")  # settings that a resumed run may change
+
+
+def critic_names(task_num: int) -> list[str]:
+    """The names of an agent's critics, one a task: critic1, critic2, ..."""
+    return [f"critic{number}" for number in range(1, task_num + 1)]
+
+
+def network_names(task_num: int) -> list[str]:
+    """The names of all networks of an agent, of its attributes and files."""
+    critics = critic_names(task_num)
+    return ["pretrain_actor", "actor", "actor_target", *critics, *(f"{critic}_target" for critic in critics)]
 
 
 def model_stem(model_name: str, encoder: str) -> str:
@@ -46,7 +55,7 @@ def agent_dir(save_dir: str | Path, dataset_name: str, agent: str, actor_stem: s
 
 
 def network_path(agent_dir: str | Path, name: str) -> Path:
-    """The file of one of `NETWORK_NAMES`."""
+    """The file of one of `network_names`."""
     return Path(agent_dir) / f"{name}.pth"
 
 

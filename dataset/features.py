@@ -19,18 +19,22 @@ Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 NumericalMode = Literal["rates", "session", "none"]
 RATE_STRENGTH = 20.0  # rows that the rate of all rows counts for in that of a value
-NUMERICAL_FEATURES = ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
+
+
+def session_feature_names(labels: Sequence[str] = ("click", "pay")) -> list[str]:
+    """The names of the columns of `session_features`, 2 + 2T of T labels."""
+    return ["position", *(f"{label}_rate" for label in labels), *(f"last_{label}" for label in labels), "log_gap"]
 
 
 def session_features(table: pd.DataFrame, labels: Sequence[str] = ("click", "pay")) -> Floats:
-    """The features that are known when a row is shown, from earlier rows of its session; (n, 6) float32, see
-    `NUMERICAL_FEATURES`.
+    """The features that are known when a row is shown, from earlier rows of its session; (n, 2 + 2T)
+    float32, see `session_feature_names`.
 
-    With t the row's position in its session, from 0, and c, p the known clicks and purchases of its earlier rows:
-    log(1 + t), c / (t + 1), p / (t + 1), whether the previous row was clicked, was paid, and log(1 + seconds since the
-    previous row) / 10. If the table has click_time and pay_time, an outcome counts from that time on: a purchase at the
-    end of the session does not count in the rows before it. Otherwise (the published tables) it counts from the next
-    row on. `table` is in session order; `labels` are the columns of the two tasks.
+    With t the row's position in its session, from 0, and c_k the known outcomes of task k in its earlier rows: log(1 +
+    t); c_k / (t + 1) of each task; of each task whether the previous row had the outcome; log(1 + seconds since the
+    previous row) / 10. If the table has `<label>_time`, such as pay_time, an outcome counts from that time on: a
+    purchase at the end of the session does not count in the rows before it. Otherwise (the published tables) it counts
+    from the next row on. `table` is in session order; `labels` are the columns of the tasks.
     """
     time, rows = table["timestamp"].to_numpy(), np.arange(len(table))
     start = SessionIndex(table["sessionid"].to_numpy()).row_start
@@ -45,11 +49,11 @@ def user_history_features(tables: Mapping[str, pd.DataFrame], key: str, labels: 
     """`session_features` over all rows with the same `key`, such as a user, across sessions and splits.
 
     The splits are consecutive in time, so a test row may use what the user did in training: it was known when the row
-    was shown. Takes the tables by split, in order; returns the features (n, 6) of each.
+    was shown. Takes the tables by split, in order; returns the features (n, 2 + 2T) of each.
     """
     rows = pd.concat(tables.values(), ignore_index=True).assign(sessionid=lambda table: table[key])
     order = np.lexsort((np.arange(len(rows)), rows["timestamp"], rows["sessionid"]))
-    features = np.empty((len(rows), len(NUMERICAL_FEATURES)), np.float32)
+    features = np.empty((len(rows), len(session_feature_names(labels))), np.float32)
     features[order] = session_features(rows.iloc[order].reset_index(drop=True), labels)
     ends = np.cumsum([len(table) for table in tables.values()])
     return dict(zip(tables, np.split(features, ends[:-1]), strict=True))

@@ -8,7 +8,8 @@
    with fewer than `--min_session` rows (default 1) are dropped.
 5. click = is_click; long_view = is_click and long_view. A click is known immediately, a long view at the end of the
    play time: click_time and long_view_time are these times (empty: never), so that features of later rows use only
-   outcomes that were known.
+   outcomes that were known. `--tasks` names others: like, follow, comment, forward, hate and profile_enter are is_like,
+   is_follow and so on, each known at the end of the play time.
 6. The session features look back over all earlier rows of the user, those of earlier splits included: they are known
    when a row is shown.
 7. Users and videos have a table each, of fields that later rows do not change; counts are read as their published
@@ -25,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from common.csv_reader import ColumnType, concat_rows, normalize_category, read_table
+from common.errors import UserError
 from dataset.tables import (
     CountRow,
     FeatureTable,
@@ -45,21 +47,27 @@ VIDEO_FIELDS = ("author_id", "video_type", "upload_type", "music_id", "music_typ
 DURATION = "video_duration"  # ms; read into buckets, powers of two
 LONG_TAILED = ("video_id", "author_id", "music_id")
 RATES = (*LONG_TAILED, "tag", "tab", "userid&tab")  # whose counts and rates so far are features, chosen on validation
-TASKS = ({"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "long_view"})
+TASK_NAMES = {"click": "CTR", "long_view": "CTCVR",
+              **{label: label for label in ("like", "follow", "comment", "forward", "hate", "profile_enter")}}
+TASKS = ("click", "long_view")
 MIN_SESSION_ROWS = 1
 LOG_MEMORY_FACTOR = 8.0  # bytes of memory per byte of CSV: 7.3 and 7.7 were measured, for 600,000 and 200,000 rows
 
 
-def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDataset:
+def load_raw(raw_dir: Path, session_gap: float, min_session: int, labels: Sequence[str] = TASKS) -> PreparedDataset:
     """Read the folder `raw_dir` of log_standard_*.csv, user_features_*.csv and video_features_basic_*.csv (may be .gz).
 
-    Raises UserError if a file is missing or a cell is invalid (file, line and column are named).
+    labels: of the tasks, keys of `TASK_NAMES`. Raises UserError for another one; if a file is missing; or if a cell is
+    invalid (file, line and column are named).
     """
+    tasks = make_tasks(labels)
     logs, users, videos = (find_csv(raw_dir, pattern, "KuaiRand's folder `data`")
                            for pattern in ("log_standard_*", "user_features_*", "video_features_basic_*"))
     require_memory_for(dict.fromkeys([*logs, *users, *videos], LOG_MEMORY_FACTOR))
-    log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, LOG_SCHEMA)))
-    rows, row_counts = _build_rows(log, session_gap, min_session)
+    others = [label for label in labels if label not in TASKS]
+    schema: dict[str, ColumnType] = {**LOG_SCHEMA, **{f"is_{label}": "label" for label in others}}
+    log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, schema)))
+    rows, row_counts = _build_rows(log, session_gap, min_session, others)
     user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
     video_table, video_counts = read_features(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION), rows, "videos")
     video_table[DURATION], num_invalid = _log2_bucket(video_table[DURATION])
@@ -70,13 +78,30 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
         inputs=[*logs, *users, *videos],
         feature_tables={"user_feadf.csv": FeatureTable("userid", user_table),
                         "item_feadf.csv": FeatureTable("itemid", video_table)},
-        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=list(TASKS))
+        context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=tasks)
 
 
-def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Steps 2 to 5: the MDP rows, and the row counts."""
-    order = np.lexsort((log["tab"], -log["is_click"], -log["long_view"], -log["play_time_ms"], log["video_id"],
-                        log["user_id"], log["time_ms"]))
+def make_tasks(labels: Sequence[str]) -> list[dict[str, str]]:
+    """The tasks of a manifest: a long view is given the click, where that is a task before it; all others are given
+    none. Raises UserError for a label that is unknown or named twice."""
+    for label in labels:
+        if label not in TASK_NAMES:
+            raise UserError(f"--tasks: unknown '{label}': one of {', '.join(TASK_NAMES)}")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"--tasks: a task is named twice: {','.join(labels)}")
+    tasks = [{"name": TASK_NAMES[label], "label": label} for label in labels]
+    if tuple(labels) != TASKS:
+        for number, task in enumerate(tasks):
+            follows_click = task["label"] == "long_view" and "click" in labels[:number]
+            task["given"] = TASK_NAMES["click"] if follows_click else ""
+    return tasks
+
+
+def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int,
+                others: Sequence[str]) -> tuple[pd.DataFrame, list[CountRow]]:
+    """Steps 2 to 5: the MDP rows, with the labels of TASKS and of other tasks, and the row counts."""
+    order = np.lexsort((*(-log[f"is_{label}"] for label in others), log["tab"], -log["is_click"], -log["long_view"],
+                        -log["play_time_ms"], log["video_id"], log["user_id"], log["time_ms"]))
     log = log.iloc[order].reset_index(drop=True)
     is_duplicate = log.duplicated(["time_ms", "user_id", "video_id"]).to_numpy()
     unique = log[~is_duplicate].reset_index(drop=True)
@@ -93,6 +118,9 @@ def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int) -> tupl
         "split": split, "sessionid": session, "timestamp": time, "userid": user, "itemid": unique["video_id"],
         "tab": unique["tab"], "click": click.astype(np.int8), "click_time": time,
         "long_view": long_view.astype(np.int8), "long_view_time": time + play_time})
+    for label in others:
+        candidates[label] = unique[f"is_{label}"].to_numpy(np.int8)
+        candidates[f"{label}_time"] = time + play_time
     is_kept = np.bincount(session)[session] >= min_session
     rows = order_rows(candidates[is_kept])
     row_counts = [

@@ -16,6 +16,7 @@ from dataset.simulate import config_from_manifest
 FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks", "rates")
 # entries that may be absent; manifests of earlier versions have none of them
 DEFAULTS: dict[str, Any] = {"context": [], "history": "", "rates": [], "numbers": [], "id_fields": []}
+MAX_TASKS = 16
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -31,10 +32,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
     manifest = {"tables": {"item_feadf.csv": {"key": "itemid", "fields": manifest["categorical"]}}, **DEFAULTS,
                 **manifest}
     tables, context, tasks, history = (manifest[key] for key in ("tables", "context", "tasks", "history"))
-    if len(tasks) != 2 or not all(
+    if not 1 <= len(tasks) <= MAX_TASKS or not all(
             isinstance(task, dict) and _is_identifier(task.get("name")) and _is_identifier(task.get("label"))
             for task in tasks):
-        raise UserError(f"{path}: 'tasks' is a list of two objects with a name and a label: letters, digits and _ - .")
+        raise UserError(f"{path}: 'tasks' is a list of 1 to {MAX_TASKS} objects with a name and a label: letters, "
+                        "digits and _ - .")
+    task_parents(tasks, path)
     if not isinstance(context, list) or not isinstance(tables, dict) or not all(
             isinstance(table, dict) and isinstance(table.get("key"), str) and isinstance(table.get("fields"), list)
             for table in tables.values()):
@@ -70,6 +73,25 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if "truth.csv" in manifest["outputs"]:
         config_from_manifest(manifest.get("simulation"), path)
     return manifest
+
+
+def task_parents(tasks: Sequence[Mapping[str, str]], source: str | Path) -> list[int] | None:
+    """The number of the task that each task is given, -1 for none, (T,).
+
+    "given" is the name of an earlier task that this one implies and is conditional on, as CTCVR is on CTR, or "" for
+    none. One or two tasks may lack it: None, the second is then given the first. Raises UserError.
+    """
+    if len(tasks) <= 2 and not any("given" in task for task in tasks):
+        return None
+    names, parents = [task["name"] for task in tasks], []
+    for number, task in enumerate(tasks):
+        given = task.get("given", None if number else "")
+        if given not in ("", *names[:number]):
+            raise UserError(f"{source}: task '{task['name']}': 'given' is "
+                            + ("missing" if given is None else f"{given!r:.40}")
+                            + ': the name of the earlier task that it implies, or "" for none')
+        parents.append(names.index(given) if given else -1)
+    return parents
 
 
 def _require_known(path: Path, entry: str, fields: Sequence[Any], known: Sequence[str], reason: str) -> None:

@@ -10,6 +10,7 @@ The rules are in `dataset.retailrocket` and `dataset.kuairand`, step by step. Th
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
-            source: str = "retailrocket") -> None:
+            source: str = "retailrocket", tasks: Sequence[str] = ()) -> None:
     """Turn the raw log in `raw_dir` into the folder `out_dir` of MDP tables; the importer's module has the rules.
 
     Args:
@@ -32,12 +33,15 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
         session_gap: minutes without an event that end a session; 0: a session is a visitor.
         min_session: sessions of fewer rows are dropped; None: the importer's default.
         source: one of `IMPORTERS`.
+        tasks: of KuaiRand, labels of `kuairand.TASK_NAMES`; none: the importer's own two.
 
     Raises:
         UserError: a file is missing, a cell is invalid (file, line and column are named), or `out_dir` exists.
     """
     if source not in IMPORTERS:
         raise UserError(f"--source: unknown '{source}': one of {', '.join(IMPORTERS)}")
+    if tasks and source != "kuairand":
+        raise UserError(f"--tasks: {source} has its own two tasks: only kuairand has others")
     min_session = IMPORTERS[source].MIN_SESSION_ROWS if min_session is None else min_session
     if session_gap < 0 or not np.isfinite(session_gap) or min_session < 1:
         raise UserError("--session_gap is minutes, 0 or more; --min_session is 1 or more")
@@ -45,7 +49,8 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
         raise UserError(f"{raw_dir}: no such folder: --raw takes the folder of the raw files")
     with exclusive_lock(out_dir):
         require_new_folder(out_dir)
-        dataset = IMPORTERS[source].load_raw(raw_dir, session_gap, min_session)
+        options = [tasks] if tasks else []
+        dataset = IMPORTERS[source].load_raw(raw_dir, session_gap, min_session, *options)
         print_row_counts(dataset)
         write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session})
 
@@ -63,8 +68,12 @@ def cli() -> None:
     parser.add_argument("--min_session", type=int, default=None, metavar="ROWS",
                         help="drop sessions of fewer rows (default: " + ", ".join(
                             f"{name} {module.MIN_SESSION_ROWS}" for name, module in IMPORTERS.items()) + ")")
+    parser.add_argument("--tasks", default="", metavar="LABELS",
+                        help=f"of kuairand: the tasks, with commas, of {', '.join(kuairand.TASK_NAMES)} (default "
+                        f"{','.join(kuairand.TASKS)})")
     args = parser.parse_args()
-    prepare(args.raw, args.out, args.session_gap, args.min_session, args.source)
+    prepare(args.raw, args.out, args.session_gap, args.min_session, args.source,
+            [task for task in args.tasks.split(",") if task])
     print(f"wrote {args.out}")
 
 

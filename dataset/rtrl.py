@@ -26,20 +26,20 @@ from common.csv_reader import cell_location, count_lines, log_repairs, normalize
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from dataset.features import (
-    NUMERICAL_FEATURES,
     Floats,
     Ids,
     NumericalMode,
     features_version,
     running_rates,
+    session_feature_names,
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest
+from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, task_parents
 from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, read_tables, session_order, verify_checksums
+from dataset.tables import SPLITS, FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -74,10 +74,10 @@ class RetailRocketRLDataset(Dataset[Example]):
     Attributes:
         fields: field name to its `CategoricalColumn`, before any mapping to ids.
         categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
-        numerical: (n, N) float32: session or history features (`NUMERICAL_FEATURES`), running rates and the numbers of
-            the tables; or one column of zeros.
+        numerical: (n, N) float32: session or history features (`session_feature_names`), running rates and the numbers
+            of the tables; or one column of zeros.
         numerical_names: of the columns of `numerical`.
-        labels: (n, T) float32, 0 or 1; T = 2: CTR, CTCVR.
+        labels: (n, T) float32, 0 or 1.
         session: (n,) int64; rows of one session are adjacent.
         keys: key to its ids (n,) int64: `itemid`, and the keys of other feature tables, such as the user's.
         history_key: the key of the user, whose earlier rows the history features are of; "": there is none.
@@ -106,7 +106,7 @@ class RetailRocketRLDataset(Dataset[Example]):
         feature_tables = [FeatureTable("itemid", items)] if isinstance(items, pd.DataFrame) else items
         self.keys: dict[str, Ids] = {key: table[key].to_numpy(copy=True) for key, _ in feature_tables}
         self.fields = _categorical_columns(table, feature_tables, field_names)
-        self.numerical_names = ["zero"] if numerical == "none" else [*NUMERICAL_FEATURES]
+        self.numerical_names = ["zero"] if numerical == "none" else session_feature_names(label_names)
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
         else:
@@ -144,14 +144,15 @@ class RetailRocketRLDataset(Dataset[Example]):
     def metadata(self) -> dict[str, Any]:
         """The metadata that a model of these features must match: data, features with their version, ids and tasks."""
         features = "" if self._numerical_mode == "none" else features_version()
-        return {"data": "", "tasks": [], **self.source, "numerical": self._numerical_mode, "features": features,
-                "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
+        return {"data": "", "tasks": [], "given": None, **self.source, "numerical": self._numerical_mode,
+                "features": features, "field_dims": list(self.field_dims), "vocabulary": self.vocabulary,
                 "numerical_num": self.numerical_num}
 
     @property
     def oracle_probabilities(self) -> NDArray[np.float64] | None:
         """The true probabilities (n, T) if the log is simulated, else None. No model can rank better."""
-        return None if self.ground_truth is None else self.ground_truth[["p_click", "p_pay"]].to_numpy(np.float64)
+        return (None if self.ground_truth is None
+                else self.ground_truth[["p_click", "p_pay"]].to_numpy(np.float64)[:, : self.labels.shape[1]])
 
     @property
     def numerical_num(self) -> int:
@@ -172,7 +173,8 @@ class RetailRocketRLDataset(Dataset[Example]):
 
 @dataclass(frozen=True)
 class Splits:
-    """The three splits of a data set, its manifest, and the fingerprint of its content."""
+    """The three splits of a data set, its manifest (whose tasks are those that were asked for), and the fingerprint of
+    its content."""
 
     train: RetailRocketRLDataset
     val: RetailRocketRLDataset
@@ -187,6 +189,11 @@ class Splits:
     @property
     def task_names(self) -> list[str]:
         return [task["name"] for task in self.manifest["tasks"]]
+
+    @property
+    def given(self) -> list[int] | None:
+        """The number of the task that each task is given, -1 for none, (T,); None: not in the manifest."""
+        return task_parents(self.manifest["tasks"], "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -204,13 +211,23 @@ class Log:
         return [str(task["label"]) for task in self.manifest["tasks"]]
 
 
-def load_splits(path: Path, numerical: NumericalMode = "rates") -> Splits:
-    """Read a folder of MDP tables. Raises UserError naming file, line and column of an error."""
+def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0) -> Splits:
+    """Read a folder of MDP tables, with the labels of its first `task_num` tasks (0: of all); features are those of all
+    tasks. Raises UserError naming file, line and column of an error, and where there are fewer tasks."""
     log = read_log(path)
+    tasks = log.manifest["tasks"]
+    if task_num > len(tasks):
+        raise UserError(f"--task_num: {task_num}, but {path} has {len(tasks)}: "
+                        + ", ".join(task["name"] for task in tasks))
     is_simulated = "truth.csv" in log.manifest.get("outputs", ())
     ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
     datasets = make_datasets(log, log.tables, numerical, ground_truth)
-    return Splits(**datasets, manifest=log.manifest, fingerprint=log.fingerprint)
+    manifest = {**log.manifest, "tasks": tasks[: task_num or len(tasks)]}
+    splits = Splits(**datasets, manifest=manifest, fingerprint=log.fingerprint)
+    for dataset in datasets.values():
+        dataset.labels = np.ascontiguousarray(dataset.labels[:, : len(splits.task_names)])
+        dataset.source |= {"tasks": splits.task_names, "given": splits.given}
+    return splits
 
 
 def read_log(path: Path) -> Log:
@@ -241,6 +258,8 @@ def read_log(path: Path) -> Log:
     log = Log(tables, feature_tables, manifest, fingerprint)
     for split, table in tables.items():
         _log_row_repairs(path / f"{split}.csv", table, log.labels)
+        if contradiction := find_contradiction(path / f"{split}.csv", table, manifest["tasks"]):
+            print(contradiction)  # of a task that is given another by default
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table, manifest["categorical"])
     return log

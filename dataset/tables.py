@@ -17,7 +17,7 @@ from tqdm import tqdm
 from common.csv_reader import ColumnType, cell_location, read_chunks, read_header, read_table, require_columns
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, require_free_memory, sha256, write_json
-from dataset.manifest import id_columns, read_manifest
+from dataset.manifest import id_columns, read_manifest, task_parents
 
 SPLITS = ("train", "val", "test")
 GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
@@ -63,7 +63,7 @@ class PreparedDataset:
             (`dataset.features.running_rates`).
         numbers: fields that are numerical features, not categories; a missing one has the mean of the training rows.
         id_fields: ids of the rows, such as `itemid`, that are fields as well: each value has an embedding.
-        tasks: objects with "name" and "label"; the first is CTR.
+        tasks: objects with "name", "label" and "given", see `dataset.manifest.task_parents`.
         simulation, ground_truth: of a simulated log, its settings and the true probabilities of the rows.
 
     Raises UserError if a column is missing from the rows, or if one is the time of no label.
@@ -276,6 +276,9 @@ def read_tables(folder: Path, manifest: Mapping[str, Any],
     if is_published:
         return tables, feature_tables
     for split in SPLITS:
+        contradiction = find_contradiction(folder / f"{split}.csv", tables[split], manifest["tasks"])
+        if contradiction and any("given" in task for task in manifest["tasks"]):
+            raise UserError(contradiction)
         check_columns(f"{folder / split}.csv, line 1", read_header(folder / f"{split}.csv"), manifest)
     for earlier, later in itertools.combinations(SPLITS, 2):
         shared = np.intersect1d(tables[earlier]["sessionid"], tables[later]["sessionid"])
@@ -286,6 +289,18 @@ def read_tables(folder: Path, manifest: Mapping[str, Any],
         if different:
             raise UserError(f"{folder / later}.csv: column '{different[0]}' is in it or in {earlier}.csv, not in both")
     return tables, feature_tables
+
+
+def find_contradiction(path: Path, table: pd.DataFrame, tasks: Sequence[Mapping[str, str]]) -> str:
+    """What the first row says that has an outcome without the one that it is given (`task_parents`); "" for none."""
+    parents = task_parents(tasks, path)
+    for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False):
+        label, given = task["label"], tasks[parent]["label"]
+        is_wrong = (table[label] > table[given]).to_numpy()
+        if parent >= 0 and is_wrong.any():
+            return (f"{cell_location(path, int(is_wrong.argmax()), label)}: 1, but '{given}', which it implies, is 0 "
+                    f"({int(is_wrong.sum()):,} such rows)")
+    return ""
 
 
 def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> FeatureTable:

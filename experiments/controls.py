@@ -161,7 +161,7 @@ def fine_tune(settings: ControlArguments, splits: Splits, catemapper: Catemapper
     control: Auxiliary | Average
     after_epoch: Callable[[], None] | None = None
     if settings.control == "auxiliary":
-        targets = later_outcomes(splits.train.labels[:, : settings.task_num], splits.train.sessions)
+        targets = later_outcomes(splits.train.labels, splits.train.sessions)
         training.train_loader.add_labels(targets)
         control = Auxiliary(model, settings.auxiliary_weight, torch.from_numpy(targets.mean(axis=0))).to(device)
         training.optimizer.add_param_group({"params": control.heads.parameters(), "lr": settings.learning_rate})
@@ -197,7 +197,7 @@ def main(settings: ControlArguments) -> list[Metrics]:
     """One run from the baseline to metrics.csv. Return the test metrics per task. Raises UserError."""
     device, run_dir = pick_device(settings.device, settings.precision), settings.run_dir
     with exclusive_lock(run_dir.path):
-        splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical)
+        splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
         check_writable(run_dir.path, files=run_dir.files)
         catemapper = encode_splits(splits, settings.feature_map_rate)
         model = init_model(settings, splits, device)

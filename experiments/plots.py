@@ -80,12 +80,13 @@ def plot_weights(results: Results, path: Path) -> None:
 
 
 def plot_learning(results: Results, path: Path) -> None:
-    """Validation AUC, the mean of the tasks, by epoch: baselines, and the fine-tuning runs from them."""
+    """Validation AUC, the mean of the tasks that have one, by epoch: baselines, and the fine-tuning runs from them."""
     figure = Figure(figsize=(12, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for number, model in enumerate(results.models):
         for axis, condition, style in ((left, "baseline", "-"), (right, "RMTL", "-"), (right, "constant", "--")):
-            curves = np.mean([results.lists(model, condition, f"curve_auc_{task}") for task in results.tasks], axis=0)
+            of_tasks = [results.lists(model, condition, f"curve_auc_{task}") for task in results.tasks]
+            curves = np.mean([curve for curve in of_tasks if np.isfinite(curve).any()] or of_tasks, axis=0)
             common = np.isfinite(curves).sum(axis=0) > len(curves) / 2  # epochs that most seeds reached
             first_epoch = 1 if condition == "baseline" else 0
             axis.plot(np.flatnonzero(common) + first_epoch, np.nanmean(curves[:, common], axis=0), style,

@@ -81,7 +81,7 @@ def headline(results: Results) -> str:
                                if p < ALPHA and sign * test.mean > 0) for sign in (1, -1))
     outcome = " and ".join([f"is significantly better than its control on {better}"] * bool(better)
                            + [f"is significantly worse than its control on {worse}"] * bool(worse))
-    all_tests = [test for test, _ in tests.values()]
+    all_tests = [test for test, _ in tests.values() if np.isfinite(test.mean)] or [test for test, _ in tests.values()]
     low, high = (1000 * limit for limit in (min(test.low for test in all_tests), max(test.high for test in all_tests)))
     counts = sorted({test.n for test in all_tests})
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))

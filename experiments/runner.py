@@ -7,6 +7,7 @@ import itertools
 import multiprocessing
 import os
 import platform
+import re
 import shutil
 import signal
 import threading
@@ -27,7 +28,6 @@ import SLmain
 from common.csv_reader import read_csv_rows
 from common.errors import UserError
 from common.fileio import read_json
-from common.run_dir import CRITIC_NAMES
 from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
 from experiments import boosting, controls
@@ -135,9 +135,8 @@ def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
     tasks = [task["name"] for task in config["data"]["tasks"]]
     if isinstance(settings, RLArguments):  # its metrics have the task's number in place of the name
         history += read_csv_rows(run_dir.test_metrics)
-        suffixes = {f"_{number}": f"_{task}" for number, task in enumerate(tasks)}
-        history = [{name[:-2] + suffixes.get(name[-2:], name[-2:]): value for name, value in row.items()}
-                   for row in history]
+        history = [{re.sub(r"(?<=_)\d+$", lambda number: tasks[int(number[0])], name): value
+                    for name, value in row.items()} for row in history]
     deciles = run_dir.weight_deciles
     metrics = _collect_metrics(history, read_csv_rows(deciles) if deciles.exists() else [])
     for path in folder.rglob("*"):
@@ -161,7 +160,7 @@ def _saved_settings(config: Path) -> dict[str, Any]:
 def _is_dependency(path: Path, run: ExperimentRun, settings: Settings) -> bool:
     """Whether later runs load this file: a baseline, or critics."""
     if isinstance(settings, RLArguments):
-        return path.suffix == ".pth" and path.stem in CRITIC_NAMES and settings.agent == "bc"
+        return re.fullmatch(r"critic\d+\.pth", path.name) is not None and settings.agent == "bc"
     return (isinstance(settings, SLArguments) and run.condition.name == "baseline"
             and path == settings.baseline(run.condition.model))
 

@@ -36,7 +36,6 @@ from common.csv_reader import write_csv
 from common.device import set_seed
 from common.errors import cli_entry_point
 from common.fileio import check_writable
-from dataset.features import NUMERICAL_FEATURES
 from dataset.loader import TensorLoader
 from dataset.prepare import prepare
 from dataset.rtrl import RetailRocketRLDataset, Splits
@@ -109,7 +108,7 @@ def oracle_weights(case: str, train: RetailRocketRLDataset, config: SimulationCo
     weights = {f"oracle: {name}": values for name, values in metric_weights(case, train).items()}
     if case == "bots":
         position = np.arange(len(train)) - train.sessions.row_start
-        clicks = np.rint(train.numerical[:, NUMERICAL_FEATURES.index("click_rate")] * (position + 1))
+        clicks = np.rint(train.numerical[:, train.numerical_names.index("click_rate")] * (position + 1))
         past = pd.Series(weights["oracle: logloss"]).groupby([position.clip(max=10), clicks.clip(max=5)])
         return weights | {"oracle: by the past": past.transform("mean").to_numpy()}
     assert train.ground_truth is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -50,6 +50,15 @@ class MultiTaskModel(nn.Module):
         """The layer that embeds the fields for a task; None where a model reads them by other means."""
         layer = getattr(self, "input", None)
         return layer if isinstance(layer, FeatureEmbedding) else None
+
+
+def check_given(given: Sequence[int], task_num: int) -> list[int]:
+    """The number of the task that each task is given, -1 for none, (T,). Raises ValueError where it is no earlier one.
+    """
+    if len(given) != task_num or any(type(number) is not int or not -1 <= number < task
+                                     for task, number in enumerate(given)):
+        raise ValueError(f"given is {given}: for each of {task_num} tasks the number of an earlier one, or -1")
+    return list(given)
 
 
 def task_losses(predictions: Tensor, labels: Tensor, criterion: Criterion, weights: Weights | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 from layers import ESMM, MultiTaskModel
 from layers.sequence import SequenceModel
@@ -35,10 +36,11 @@ __all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "MetaHeac", "OMoE", "SharedB
 
 def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
           bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], task_num: int, expert_num: int,
-          dropout: float, encoder: str = "none", window: int = 10, calibrator_weight: float = 0.0) -> MultiTaskModel:
+          dropout: float, encoder: str = "none", window: int = 10, calibrator_weight: float = 0.0,
+          given: Sequence[int] | None = None) -> MultiTaskModel:
     """Build a model by its name, with an encoder of `layers.sequence` over windows, or none.
 
-    A class takes `expert_num` and `calibrator_weight` if they are parameters of its own.
+    A class takes `expert_num`, `calibrator_weight` and `given` (see `layers.ESMM`) if they are parameters of its own.
 
     Raises ValueError, with the list, for a name that is not in `MODELS`; for an encoder before a model that takes none;
     and for a calibrator of a model that has none.
@@ -47,8 +49,8 @@ def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, 
         raise ValueError(f"unknown model '{name}': one of {', '.join(MODELS)}")
     cls = MODELS[name]
     parameters = inspect.signature(cls).parameters
-    extra = {key: value for key, value in (("expert_num", expert_num), ("calibrator_weight", calibrator_weight))
-             if key in parameters}
+    optional = {"expert_num": expert_num, "calibrator_weight": calibrator_weight, "given": given}
+    extra: dict[str, Any] = {key: value for key, value in optional.items() if key in parameters}
     if calibrator_weight and "calibrator_weight" not in extra:
         raise ValueError(f"--calibrator_weight: only aitm has a calibrator, not {name}")
 

@@ -38,9 +38,9 @@ def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embe
                    window: int = 0) -> dict[str, Any]:
     """The metadata of a model: two models with the same metadata can exchange their weights.
 
-    data: `RetailRocketRLDataset.metadata`; of its tasks a model has the first `task_num`.
+    data: `RetailRocketRLDataset.metadata`.
     """
-    return {"format": FORMAT, **data, "tasks": list(data["tasks"])[:task_num], "model_name": model_name,
+    return {"format": FORMAT, **data, "model_name": model_name,
             "task_num": task_num, "embed_dim": embed_dim, "expert_num": expert_num,
             "bottom_mlp_dims": list(bottom_mlp_dims), "tower_mlp_dims": list(tower_mlp_dims), "encoder": encoder,
             "window": 0 if encoder == "none" else window}
@@ -99,7 +99,8 @@ def model_from_file(saved: Mapping[str, Any], path: Path, hint: str, dropout: fl
     if name not in MODELS or any(type(saved.get(key)) is not int or not 0 <= saved[key] <= 4096 for key in names):
         raise UserError(f"{path}: not a model of this version ({truncate(name)}): {hint}")
     return _filled(lambda: build(str(name), *_sizes(saved, path, hint), saved["task_num"], saved["expert_num"], dropout,
-                                 saved.get("encoder", "none"), saved["window"]), saved, path, hint)
+                                 saved.get("encoder", "none"), saved["window"], given=saved.get("given")), saved, path,
+                   hint)
 
 
 def critic_from_file(saved: Mapping[str, Any], path: Path, hint: str) -> CriticNeg:

@@ -25,13 +25,15 @@ REWARDS: tuple[RewardType, ...] = ("bce", "norm")
 
 def handmade(lengths: Sequence[int], labels: Sequence[Sequence[int]] | None = None,
              ids: Sequence[Sequence[int]] | None = None, field_dims: Sequence[int] = (3, 4)) -> RetailRocketRLDataset:
-    """Sessions of these lengths; row i has the numbers (i, -i) and, unless given, ids that count up."""
+    """Sessions of these lengths; row i has the numbers (i, -i) and, unless given, ids that count up. Labels are those
+    of click, pay, and of further tasks if they are given."""
     rows = np.arange(sum(lengths))
+    labels = labels or [[row % 2, 0] for row in rows]
+    names = ["click", "pay", "like"][: len(labels[0])]
     table = pd.DataFrame({
         "timestamp": 1000 * rows, "sessionid": np.repeat(10 * (np.arange(len(lengths)) + 1), lengths), "itemid": 1,
-        "click": [row[0] for row in labels] if labels else rows % 2, "pay": [row[1] for row in labels] if labels else 0,
-    })
-    dataset = RetailRocketRLDataset(table, pd.DataFrame({"itemid": [1], "785": ["a"]}), ["785"], ["click", "pay"])
+        **dict(zip(names, np.transpose(labels), strict=True))})
+    dataset = RetailRocketRLDataset(table, pd.DataFrame({"itemid": [1], "785": ["a"]}), ["785"], names)
     dataset.numerical = np.column_stack([rows, -rows]).astype(np.float32)
     dataset.set_ids(np.array(ids if ids is not None else [[row % dim for dim in field_dims] for row in rows]),
                     list(field_dims))
@@ -45,9 +47,10 @@ def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM
                actor_name: str = "esmm", reward_type: RewardType = "bce", **hyparams: Any) -> DDPG_ESMM:
     """An agent of tiny networks, with a baseline of random weights."""
     sizes = {**SIZES, **{name: value for name, value in hyparams.items() if name in SIZES}}
+    task_num = dataset.labels.shape[1]
     actor = build(actor_name, dataset.field_dims, dataset.numerical_num, sizes["embed_dim"], sizes["bottom_mlp_dims"],
-                  sizes["tower_mlp_dims"], 2, sizes["expert_num"], 0.2)
-    save_model(folder / f"rt_{actor_name}.pt", actor, model_metadata(dataset.metadata, actor_name, 2, **sizes))
+                  sizes["tower_mlp_dims"], task_num, sizes["expert_num"], 0.2)
+    save_model(folder / f"rt_{actor_name}.pt", actor, model_metadata(dataset.metadata, actor_name, task_num, **sizes))
     return cls(MTEnv(dataset, reward_type), actor_name, pretrain_path=folder,
                **{"memory_size": 1000, "batch_size": 16, **hyparams})
 
@@ -55,7 +58,7 @@ def make_agent(folder: Path, dataset: RetailRocketRLDataset, cls: type[DDPG_ESMM
 def uniform(agent: DDPG_ESMM, seed: int = 0, low: float = 0.0, high: float = 1.0) -> DDPG_ESMM:
     """Fill the memory with one pass of uniform actions."""
     rng = np.random.default_rng(seed)
-    collect_transitions(agent, lambda state: rng.uniform(low, high, (len(state), 2)).astype(np.float32))
+    collect_transitions(agent, lambda state: rng.uniform(low, high, (len(state), agent.task_num)).astype(np.float32))
     return agent
 
 

@@ -21,6 +21,7 @@ import torch
 from common.errors import UserError, command_line, truncate
 from common.fileio import is_safe_filename, read_json
 from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_path, model_stem
+from dataset.manifest import MAX_TASKS
 from layers.sequence import ENCODERS
 from slmodels import MODELS
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_metadata
@@ -79,7 +80,8 @@ class Arguments(Settings):
     """
 
     # the model
-    task_num: int = option(2, "T, the tasks: CTR and CTCVR", low=1, high=2)
+    task_num: int = option(0, "T, the first tasks of the data set that are trained; 0: all of them", low=0,
+                           high=MAX_TASKS)
     expert_num: int = option(8, "E, the experts of omoe, mmoe, ple and metaheac", low=2, high=4096)
     embed_dim: int = option(128, "D, size of an embedding", low=1, high=65536)
     bottom_mlp_dims: tuple[int, ...] = option(BOTTOM_MLP_DIMS, "widths of the shared layers, with commas", low=1,
@@ -140,8 +142,8 @@ class Arguments(Settings):
 
     def metadata(self, model_name: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata of a model of these settings, on data of `RetailRocketRLDataset.metadata`."""
-        return model_metadata(data, model_name, self.task_num, self.embed_dim, self.expert_num, self.bottom_mlp_dims,
-                              self.tower_mlp_dims, self.encoder, self.window)
+        return model_metadata(data, model_name, len(data["tasks"]), self.embed_dim, self.expert_num,
+                              self.bottom_mlp_dims, self.tower_mlp_dims, self.encoder, self.window)
 
     def suggest_command(self, program: str, name: str, value: str) -> str:
         """The command that creates what is missing, `python3 <program> --<name>=<value>`, with the same sizes, data and
@@ -227,7 +229,6 @@ class SLArguments(Arguments):
 class RLArguments(Arguments):
     """Offline RL: `RLmain.py`. Names and defaults of the agent as documented."""
 
-    task_num: int = option(2, "T, the tasks: one critic each", low=2, high=2)
     actor_name: str = option("esmm", "the model whose predictions are the actions", choices=list(MODELS))
     agent: str = option("bc", "bc: critics alone, to convergence, as TD3+BC learns them; td3bc: the actor "
                         "through them too; ddpg: plain DDPG; multiweight: ddpg with --ips weights for each task",

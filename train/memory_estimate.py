@@ -66,18 +66,19 @@ def check_training(model: NetworkSize, name: str, batch: int, device: torch.devi
                         f"{name} of {model.parameters:,} parameters, {batch:,} rows a step", _free_gpu_memory(device))
 
 
-def check_agent(actor: NetworkSize, critic: NetworkSize, batch: int, memory_size: int, transition_bytes: int,
-                val_rows: int, device: torch.device) -> None:
+def check_agent(actor: NetworkSize, critic: NetworkSize, task_num: int, batch: int, memory_size: int,
+                transition_bytes: int, val_rows: int, device: torch.device) -> None:
     """Raise UserError, with the figures, where an agent and its replay buffer would not fit.
 
     Args:
-        actor, critic: there are three and four of these, of which one and two are trained.
+        actor: there are three of it, of which one is trained.
+        critic: there are two of it a task, of which one is trained.
         memory_size, transition_bytes: of the replay buffer, which stays on the host.
         val_rows: rows whose true return is found by simulation; 0 where the truth is unknown.
     """
     replay_buffer = memory_size * transition_bytes * TRANSITION_COPIES
     networks = (START_BYTES + actor.parameters * (2 * COPY_BYTES + TRAINED_BYTES)
-                + critic.parameters * (2 * COPY_BYTES + 2 * TRAINED_BYTES)
+                + critic.parameters * task_num * (COPY_BYTES + TRAINED_BYTES)
                 + max(actor.step(batch) + critic.step(batch),
                       INFERENCE_BATCH * actor.activations_per_row * UNIT_BYTES_INFERENCE))
     on_host = networks if device.type == "cpu" else 0

@@ -26,7 +26,7 @@ from common.device import set_seed
 from common.errors import UserError
 from common.fileio import exclusive_lock
 from common.finite import first_nonfinite_tensor
-from common.run_dir import RunDirectory
+from common.run_dir import RunDirectory, critic_names
 from dataset.sessions import SessionIndex
 from env import MTEnv, SessionTable, compute_reward, describe, to_action_space
 from layers.critic import zero_fraction
@@ -268,19 +268,21 @@ def _fill_replay_buffer(agent: DDPG_ESMM, init_episode: int, path: Path, seed: i
 
 def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
     """Make an epoch's updates; return the mean losses. Raises UserError where a loss or a parameter is no number."""
-    sums = torch.zeros(4, device=agent.device)
+    sums = torch.zeros(agent.task_num + 2, device=agent.device)
     with tqdm(range(1, updates + 1), "critics", unit="update", leave=False, disable=None) as bar:
         for step in bar:
             sums += torch.stack(agent.update())
             if step % 50 == 0 or step == updates:
-                bar.set_postfix(critic_loss=f"{float(sums[0] + sums[1]) / step:.4f}")
-    closs1, closs2, aloss, aloss_reg = (sums / updates).tolist()
-    for name, value in (("critic1", closs1), ("critic2", closs2), ("actor", aloss + aloss_reg)):
+                bar.set_postfix(critic_loss=f"{float(sums[:-2].sum()) / step:.4f}")
+    *closses, aloss, aloss_reg = (sums / updates).tolist()
+    names = [*critic_names(agent.task_num), "actor"]
+    for name, value in zip(names, [*closses, aloss + aloss_reg], strict=True):
         if not np.isfinite(value):
             raise agent.divergence_error(f"the mean loss of {name} is {value}", agent.updates)
     if first_nonfinite_tensor(agent.networks()):
         raise agent.divergence_error("a parameter is NaN/Inf", agent.updates)
-    return {"critic_loss": closs1 + closs2, "closs1": closs1, "closs2": closs2, "aloss": aloss, "aloss_reg": aloss_reg}
+    return {"critic_loss": sum(closses), **{f"closs{number}": closs for number, closs in enumerate(closses, start=1)},
+            "aloss": aloss, "aloss_reg": aloss_reg}
 
 
 def _require_bounded_q(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epoch: int,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from common import distributed
 from common.checkpoint import check_metadata, load_tensors, state_dict_hash
 from common.errors import UserError
-from common.run_dir import CRITIC_NAMES, agent_dir, network_path
+from common.run_dir import agent_dir, critic_names, network_path
 from layers import CriticNeg
 from slmodels.model_file import critic_from_file
 from train.Arguments import SLArguments
@@ -151,7 +151,7 @@ def make_polisher(settings: SLArguments, data: Mapping[str, Any], model: nn.Modu
     encoder = settings.resolved_critic_encoder
     expected = {**settings.metadata(settings.model_name, data), "critic_encoder": encoder,
                 "critic_window": 0 if encoder == "none" else settings.window}
-    critics = load_critics(directory, expected, settings.task_num, f"train critics for this data: {train_owners}",
+    critics = load_critics(directory, expected, len(expected["tasks"]), f"train critics for this data: {train_owners}",
                            device)
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalize)
 
@@ -160,7 +160,7 @@ def find_critics(settings: SLArguments) -> tuple[str, Path]:
     """The model whose critics weight the loss, and the directory of their agent. Raises UserError where there are none.
     """
     for model_name, directory in settings.critic_candidates.items():
-        if all(network_path(directory, critic).exists() for critic in CRITIC_NAMES):
+        if all(network_path(directory, critic).exists() for critic in critic_names(settings.task_num or 1)):
             return model_name, directory
     raise UserError(f"{next(iter(settings.critic_candidates.values()))}: no critics there: train them first: "
                     + settings.suggest_command("RLmain.py", "actor_name", settings.critic_model or "esmm"))
@@ -176,7 +176,7 @@ def load_critics(directory: Path, metadata: Mapping[str, Any], task_num: int, hi
     names = ("data", "numerical", "features", "field_dims", "vocabulary", "critic_encoder", "critic_window")
     expected = {name: metadata[name] for name in names if name in metadata}
     critics = []
-    for name in CRITIC_NAMES[:task_num]:
+    for name in critic_names(task_num):
         path = network_path(directory, name)
         saved = load_tensors(path, hint)
         expected.setdefault("agent", saved.get("agent"))
@@ -192,8 +192,8 @@ def _published_critics(env: nn.Module | gym.Env[Any, Any], actor_name: str, crit
     if sessions is None:
         raise UserError(f"critics of '{actor_name}': {type(env).__name__} is no env.MTEnv, whose data they have to fit"
                         ": give the critics themselves (train.polish.load_critics reads them)")
-    return load_critics(agent_dir(critic_dir, "rt", "bc", actor_name), sessions.metadata, len(CRITIC_NAMES),
-                        f"train them: python3 RLmain.py --actor_name={actor_name}", device)
+    return load_critics(agent_dir(critic_dir, "rt", "bc", actor_name), sessions.metadata,
+                        sessions.labels.shape[1], f"train them: python3 RLmain.py --actor_name={actor_name}", device)
 
 
 def _has_other_baseline(directory: Path, baseline: Path) -> bool:
@@ -244,8 +244,8 @@ def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str
     run_dir = settings.run_dir
     if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
-    config, free = run_dir.read_config(), ("resume", "device", "track", "critic_model", "critic_dir",
-                                             "critic_encoder")
+    config = run_dir.read_config()
+    free = ("resume", "device", "track", "task_num", "critic_model", "critic_dir", "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []

@@ -27,13 +27,14 @@ __all__ = ["get_dataset", "get_model", "load_model", "one_iter_offline", "plot_l
            "test", "train_and_test_offline"]
 
 
-def get_dataset(name: str, path: str | Path, numerical: str = "rates") -> Splits:
+def get_dataset(name: str, path: str | Path, numerical: str = "rates", task_num: int = 0) -> Splits:
     """Read the MDP tables of a data set; where `rt` is absent it is simulated first.
 
     path: the folder above that of the data set, which has its `name`; or that folder itself, or its train.csv.
+    task_num: how many of its tasks, the first ones; 0: all.
 
-    Raises UserError where the folder is incomplete or a file in it is wrong; and where `rt` is absent, but there are
-    tables of somebody's in the place where it would be simulated.
+    Raises UserError where the folder is incomplete, a file in it is wrong, or it has fewer tasks; and where `rt` is
+    absent, but there are tables of somebody's in the place where it would be simulated.
     """
     folder = find_folder(Path(path), name)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -50,21 +51,22 @@ def get_dataset(name: str, path: str | Path, numerical: str = "rates") -> Splits
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         prepare(raw, folder)
-    return load_splits(folder, cast(NumericalMode, numerical))
+    return load_splits(folder, cast(NumericalMode, numerical), task_num)
 
 
 def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: int, task_num: int, expert_num: int,
               embed_dim: int, dropout: float = 0.2, calibrator_weight: float = 0.0, encoder: str = "none",
               window: int = 10, bottom_mlp_dims: Sequence[int] = BOTTOM_MLP_DIMS,
-              tower_mlp_dims: Sequence[int] = TOWER_MLP_DIMS) -> nn.Module:
+              tower_mlp_dims: Sequence[int] = TOWER_MLP_DIMS, given: Sequence[int] | None = None) -> nn.Module:
     """Build a model of `slmodels`. Raises UserError, with the list, for an unknown name.
 
     calibrator_weight: of AITM's behavioural-expectation calibrator; no other model has one.
     encoder, window: what it reads of the session (`layers.sequence`), or none.
+    given: of esmm and aitm, the task that each task is given (`layers.ESMM`; `Splits.given`).
     """
     try:
         model = build(name, [int(dim) for dim in categorical_field_dims], numerical_num, embed_dim, bottom_mlp_dims,
-                      tower_mlp_dims, task_num, expert_num, dropout, encoder, window, calibrator_weight)
+                      tower_mlp_dims, task_num, expert_num, dropout, encoder, window, calibrator_weight, given)
     except ValueError as error:
         raise UserError(str(error)) from error
     if distributed.world_size() > 1 and not getattr(model, "data_parallel", True):

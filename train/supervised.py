@@ -240,14 +240,14 @@ class Training:
 
     def __init__(self, model: nn.Module, splits: Splits, optimizer: torch.optim.Adam, stopper: EarlyStopper,
                  run_dir: RunDirectory, save_model: Callable[[Path, Mapping[str, Tensor]], None],
-                 device: torch.device, *, task_num: int, batch_size: int, seed: int,
+                 device: torch.device, *, batch_size: int, seed: int,
                  polisher: RlLossPolisher | None = None, weighting: TaskWeighting | None = None,
                  trackers: Trackers | None = None) -> None:
         self.model, self.splits, self.optimizer, self.stopper = model, splits, optimizer, stopper
         self.run_dir, self.save_model, self.device, self.seed = run_dir, save_model, device, seed
         self.polisher, self.weighting = polisher, weighting or TaskWeighting()
         self.trackers = trackers or Trackers("")
-        self.task_names = splits.task_names[:task_num]
+        self.task_names = splits.task_names
         window = max(getattr(model, "window", 0), polisher.window if polisher is not None else 0)
         self.train_loader = TensorLoader(splits.train, batch_size, device, seed=seed, window=window)
         self.val_loader, self.test_loader = (evaluation_loader(model, split, device)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import read_tree, run_in_process
 
-from common.run_dir import NETWORK_NAMES
+from common.run_dir import network_names
 from env import compute_reward
 
 SIZES = ("--embed_dim=8", "--bottom_mlp_dims=32,16", "--tower_mlp_dims=8", "--expert_num=2", "--device=cpu")
@@ -70,7 +70,7 @@ def same_weights(one: Path, other: Path) -> bool:
 
 def test_documented_commands_run_in_order(pipeline: Pipeline) -> None:
     agent_dir = pipeline.folder / AGENT_DIR
-    for name in NETWORK_NAMES:
+    for name in network_names(2):
         assert (agent_dir / f"{name}.pth").exists()
     assert {"config.json", "metrics.csv", "curves.png", "checkpoint.pt"} <= {path.name for path in agent_dir.iterdir()}
     assert (pipeline.folder / "pretrain/memory.npz").exists()

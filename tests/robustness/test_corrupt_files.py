@@ -457,7 +457,7 @@ def read_critic(case: Case, original: Splits, metadata: dict[str, Any], settings
 def fit_once(model: torch.nn.Module, splits: Splits, settings: SLArguments, run_dir: RunDirectory) -> None:
     """Train as SLmain.py does, to the best weights."""
     training = Training(model, splits, torch.optim.Adam(model.parameters()), EarlyStopper(settings.patience), run_dir,
-                        lambda path, weights: save_model(path, weights, {}), torch.device("cpu"), task_num=2,
+                        lambda path, weights: save_model(path, weights, {}), torch.device("cpu"),
                         batch_size=settings.batch_size, seed=settings.seed)
     training.start(settings.plain(), settings.resume)
     fit(training, settings.epoch)

@@ -581,6 +581,45 @@ def test_targets_follow_every_soft_update_freq(tmp_path: Path, freq: int) -> Non
     assert moved == list(range(freq, 7, freq))
 
 
+THREE_TASKS = [[row % 2, row % 2 * (row % 3 == 0), row % 5 == 0] for row in range(60)]
+
+
+@pytest.mark.parametrize("cls", [DDPG_ESMM, DDPG_ESMM_multiweight, DDPG_ESMM_BC, TD3BC_ESMM])
+@pytest.mark.parametrize("task_num", [1, 3])
+def test_any_number_of_tasks_has_as_many_critics(tmp_path: Path, cls: type[DDPG_ESMM], task_num: int) -> None:
+    data = handmade([3] * 20, [labels[:task_num] for labels in THREE_TASKS])
+    agent = uniform(make_agent(tmp_path, data, cls, init_training_step=0, ips=True))
+    assert agent.env.action_space.shape == agent.select_action(np.zeros(4)).shape == (task_num,)
+    before = {name: weights(network) for name, network in agent.networks().items()}
+    for _ in range(4):
+        losses = agent.update()
+    assert len(losses) == task_num + 2
+    changed = {name for name, network in agent.networks().items() if not same(weights(network), before[name])}
+    critics = {f"critic{number}{suffix}" for number in range(1, task_num + 1) for suffix in ("", "_target")}
+    assert changed == critics | ({"actor", "actor_target"} if agent.trains_actor else set())
+    agent.save_or_load_agent(tmp_path / "agent", if_save=True)
+    assert {path.stem for path in (tmp_path / "agent").glob("critic*.pth")} == critics
+
+
+def test_each_critic_learns_its_own_task(tmp_path: Path) -> None:
+    """The loss of critic k reads action, reward and weight k, and its gradient reaches critic k alone."""
+    agent = uniform(make_agent(tmp_path, handmade([3] * 20, THREE_TASKS)))
+    batch = sample(agent)
+    trained = [critic for critic, _, _ in agent.critics()]
+    for task, (critic, target, _) in enumerate(agent.critics()):
+        critic.eval()
+        loss = agent.get_closs(task, critic, target, batch)
+        loss.backward()
+        has_gradient = [any(one.grad is not None for one in other.parameters()) for other in trained]
+        assert has_gradient == [other is critic for other in trained]
+        critic.zero_grad()
+        others = torch.arange(3) != task
+        for name in ("action", "reward", "weight"):
+            changed = {**batch, name: batch[name] + 0.3 * others}
+            torch.testing.assert_close(agent.get_closs(task, critic, target, changed), loss)
+        assert not torch.isclose(agent.get_closs(task, critic, target, {**batch, "reward": batch["reward"] - 1}), loss)
+
+
 # ------------------------------------------------------------------------------------------------ starts and endings
 
 

@@ -72,6 +72,24 @@ def test_example_with_times_of_outcomes(tmp_path: Path) -> None:
     assert happened.tolist() == log[["played_ms", "bought_ms"]].notna().sum().tolist()
 
 
+@pytest.mark.parametrize("task_num", [1, 3])
+def test_example_with_other_tasks(tmp_path: Path, task_num: int) -> None:
+    """One task, with the columns of that one alone; and the three of the page."""
+    example = Example("A log with times of outcomes")
+    (of_page,) = re.findall(r"  ```\n  (tasks=.*?\])\n  ```", PAGE, re.DOTALL)
+    tasks = of_page if task_num == 3 else 'tasks=[{"name": "play", "label": "click"}]'
+    example.importer, changes = re.subn(r"tasks=\[.*\](?=\)\n)", tasks, example.importer)
+    pay = re.search(r' *"pay": .*,\n', example.importer)
+    assert changes == 1
+    assert pay
+    example.importer = example.importer.replace(pay[0], pay[0] + '"like": log["ms"] % 2,' if task_num == 3 else "")
+    example.sample = example.sample.replace("20_000", "2_000")
+    splits = example.run(tmp_path, "songs.csv")
+    assert splits.task_names == ["play", "buy", "like"][:task_num]
+    assert splits.given == {1: None, 3: [-1, 0, -1]}[task_num]
+    assert len([*(tmp_path / "chkpt" / "RL" / "res_TD3BC_songs_esmm").glob("critic*.pth")]) == 2 * task_num
+
+
 def test_example_of_impressions_and_labels(tmp_path: Path) -> None:
     """The history is the user's; the item is a field; prices and hours are numbers, the mean where missing."""
     splits = Example("Impressions and labels").run(tmp_path, "shown.csv")
@@ -288,3 +306,22 @@ def test_ties_in_time_are_deterministic(tmp_path: Path) -> None:
     assert found[0].numerical[:2, names.index("last_click")].tolist() == [0, 0]
     np.testing.assert_allclose(found[0].numerical[:, names.index("click_rate")], [0, 0, 2 / 3], rtol=1e-6)
     np.testing.assert_allclose(np.expm1(found[0].numerical[:, names.index("color count")]), [0, 0, 1], atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- what a task implies
+
+
+def test_contradictions_of_given_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a log with a purchase without a click; where `given` is left out, the row is printed instead."""
+    def write(name: str, **given: str) -> Path:
+        tasks = [{"name": "CTR", "label": "click"}, {"name": "CTCVR", "label": "pay", **given}]
+        write_dataset(small(pay=[0, 1, 1, 0, 0, 0], tasks=tasks), tmp_path / name, {})
+        return tmp_path / name
+
+    words = "line 3, column 'pay': 1, but 'click', which it implies, is 0 (1 such rows)"
+    message = user_error_message(lambda: write("refused", given="CTR"))
+    assert message == f"not written: {tmp_path / 'refused' / 'train.csv'}, {words}"
+    load_splits(write("independent", given=""))
+    assert words not in capsys.readouterr().out
+    load_splits(write("by default"))
+    assert f"{tmp_path / 'by default' / 'train.csv'}, {words}\n" in capsys.readouterr().out

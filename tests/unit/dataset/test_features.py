@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from dataset import features as features_module
 from dataset.features import (
-    NUMERICAL_FEATURES,
     Floats,
     features_version,
     running_rates,
+    session_feature_names,
     session_features,
     user_history_features,
 )
@@ -56,7 +56,8 @@ def log_gap(seconds: float) -> float:
 
 
 def test_names_of_the_features() -> None:
-    assert NUMERICAL_FEATURES == ("position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap")
+    assert session_feature_names() == ["position", "click_rate", "pay_rate", "last_click", "last_pay", "log_gap"]
+    assert session_feature_names(["like"]) == ["position", "like_rate", "last_like", "log_gap"]
 
 
 def test_a_session_by_hand() -> None:

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPOSITORY, run_in_process, user_error_message
 
 from common.fileio import sha256
-from dataset.features import NUMERICAL_FEATURES
+from dataset.features import session_feature_names
 from dataset.kuairand import RATES, USER_FIELDS, VIDEO_FIELDS
 from dataset.prepare import prepare
 from dataset.rtrl import load_splits
@@ -24,6 +24,7 @@ from dataset.vocabulary import encode_splits
 
 SAMPLE = REPOSITORY.parent / "shared" / "data" / "kuairand-pure-sample"
 ROWS, USERS, VIDEOS = 3000, 60, 40
+LABELS = ("click", "long_view")
 
 
 def raw_log(folder: Path, seed: int = 1) -> pd.DataFrame:
@@ -32,10 +33,10 @@ def raw_log(folder: Path, seed: int = 1) -> pd.DataFrame:
     time = np.sort(rng.integers(1_650_000_000_000, 1_650_500_000_000, ROWS))
     log = pd.DataFrame({
         "user_id": rng.integers(0, USERS, ROWS), "video_id": rng.integers(0, VIDEOS, ROWS), "date": 20220425,
-        "hourmin": 0, "time_ms": time, "is_click": rng.random(ROWS) < 0.4, "is_like": 0,
+        "hourmin": 0, "time_ms": time, "is_click": rng.random(ROWS) < 0.4, "is_like": np.arange(ROWS) % 7 == 0,
         "long_view": rng.random(ROWS) < 0.3,
         "play_time_ms": rng.integers(0, 60_000, ROWS), "duration_ms": 9000, "tab": rng.integers(0, 5, ROWS)})
-    log[["is_click", "long_view"]] = log[["is_click", "long_view"]].astype(int)
+    log = log.astype({"is_click": int, "is_like": int, "long_view": int})
     folder.mkdir(parents=True)
     raw = pd.concat([log, log.sample(60, random_state=seed).assign(play_time_ms=0)])
     raw.iloc[:2000].to_csv(folder / "log_standard_4_08_to_4_21_1k.csv", index=False)
@@ -79,6 +80,30 @@ def test_rows_have_their_labels_and_times(kr: tuple[pd.DataFrame, Path]) -> None
                                   (both["timestamp"] + both["play_time_ms"]) * both["long_view"])
 
 
+def test_other_tasks_than_the_two(tmp_path: Path) -> None:
+    """Likes are what the log says, with or without a click, and known at the end of the play time."""
+    log = raw_log(tmp_path / "raw")
+    prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand", tasks=["like", "click", "long_view"])
+    splits = load_splits(tmp_path / "kr")
+    assert splits.task_names == ["like", "CTR", "CTCVR"]
+    assert splits.given == [-1, -1, 1]
+    assert splits.train.numerical_names[:3] == ["position", "like_rate", "click_rate"]
+    rows = pd.concat(pd.read_csv(tmp_path / "kr" / f"{name}.csv") for name in SPLITS)
+    assert rows["like"].sum() == log["is_like"].sum()
+    liked = rows[rows["like"] == 1].merge(log, left_on=["timestamp", "userid", "itemid"],
+                                          right_on=["time_ms", "user_id", "video_id"])
+    np.testing.assert_array_equal(liked["like_time"], liked["timestamp"] + liked["play_time_ms"])
+
+
+@pytest.mark.parametrize(("tasks", "source", "words"), [
+    (["click", "likes"], "kuairand", "unknown 'likes': one of click, long_view, like"),
+    (["like", "like"], "kuairand", "named twice"), (["click"], "retailrocket", "only kuairand")])
+def test_wrong_tasks_are_refused(tmp_path: Path, tasks: list[str], source: str, words: str) -> None:
+    message = user_error_message(lambda: prepare(tmp_path, tmp_path / "out", source=source, tasks=tasks))
+    assert message.startswith("--tasks: ")
+    assert words in message
+
+
 def test_splits_are_cut_by_time_and_share_no_session(kr: tuple[pd.DataFrame, Path]) -> None:
     splits = [pd.read_csv(kr[1] / f"{name}.csv") for name in SPLITS]
     for before, after in pairwise(splits):
@@ -116,7 +141,7 @@ def test_features_cover_the_user_s_known_history(kr: tuple[pd.DataFrame, Path]) 
         expected = [np.log1p(len(past)), *(outcomes.sum() / (len(past) + 1) for outcomes in known),
                     *(float(outcomes[-1]) if len(outcomes) else 0.0 for outcomes in known),
                     np.log1p((row["timestamp"] - last) / 1000) / 10]
-        assert row[list(NUMERICAL_FEATURES)].tolist() == pytest.approx(expected, abs=1e-5)
+        assert row[session_feature_names(LABELS)].tolist() == pytest.approx(expected, abs=1e-5)
     assert num_crossing > 100
 
 
@@ -139,7 +164,8 @@ def test_features_do_not_look_ahead(kr: tuple[pd.DataFrame, Path], tmp_path: Pat
     (tmp_path / "kr" / "manifest.json").write_text(json.dumps(manifest))
     after = by_row(tmp_path / "kr")
     same = (before["timestamp"] <= moment).to_numpy()
-    np.testing.assert_array_equal(before.loc[same, list(NUMERICAL_FEATURES)], after.loc[same, list(NUMERICAL_FEATURES)])
+    names = session_feature_names(LABELS)
+    np.testing.assert_array_equal(before.loc[same, names], after.loc[same, names])
     if "itemid" in change:  # the rates are of the row's own item
         same = (before["timestamp"] < moment).to_numpy()
     rates = [f"{field} {what}" for field in RATES for what in ("count", "click rate", "long_view rate")]

@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from conftest import user_error_message
 
 from common.fileio import sha256
 from dataset.retailrocket import PROPERTIES
 from dataset.rtrl import Splits, load_splits
+from dataset.tables import SPLITS
+
+TASK = {"name": "CTR", "label": "click"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,11 @@ def change_manifest(folder: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize("changes", [{"outputs": None}, {"outputs": []}, {"categorical": "785"}, {"tasks": ["click"]},
                                      {"tasks": [{"name": "CTR"}]}, {"long_tailed": None}, {"categorical": []},
                                      {"categorical": [["785"]]}, {"context": [[]]}, {"long_tailed": ["colour"]},
-                                     {"tasks": []}, {"tasks": [{"name": "CTR", "label": "click"}]},
+                                     {"tasks": []}, {"tasks": [TASK] * 2},
+                                     {"tasks": [{"name": f"t{number}", "label": f"l{number}"} for number in range(17)]},
+                                     {"tasks": [TASK, {"name": "B", "label": "pay", "given": "pay"}]},
+                                     {"tasks": [{**TASK, "given": "B"}, {"name": "B", "label": "pay", "given": ""}]},
+                                     {"tasks": [TASK, {"name": "B", "label": "pay"}, {"name": "C", "label": "like"}]},
                                      {"tasks": [{"name": "a$b", "label": "click"}, {"name": "B", "label": "pay"}]},
                                      {"tasks": [{"name": "A", "label": "click"}, {"name": "B", "label": "click"}]},
                                      {"tasks": [{"name": "A", "label": "timestamp"}, {"name": "B", "label": "pay"}]},
@@ -114,3 +122,38 @@ def test_the_fingerprint_depends_on_the_schema(tables: Path, splits: Splits) -> 
 def test_errors_name_the_entry(tables: Path, changes: dict[str, Any], reason: str) -> None:
     path = change_manifest(tables, **changes)
     assert user_error_message(lambda: load_splits(tables)).startswith(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize(("tasks", "expected"), [
+    ([TASK], None), ([TASK, {"name": "B", "label": "pay"}], None),
+    ([TASK, {"name": "B", "label": "pay", "given": ""}], [-1, -1]),
+    ([TASK, {"name": "B", "label": "pay", "given": "CTR"}], [-1, 0]),
+    ([TASK, {"name": "B", "label": "pay", "given": "CTR"}, {"name": "C", "label": "available", "given": "B"}],
+     [-1, 0, 1])], ids=str)
+def test_tasks_and_what_they_are_given(tables: Path, tasks: list[dict[str, str]], expected: list[int] | None) -> None:
+    for name in SPLITS:  # a third label: nothing is available
+        path = tables / f"{name}.csv"
+        unused = {"click_time", "pay_time"} - {f"{task['label']}_time" for task in tasks}
+        pd.read_csv(path).assign(available=0).drop(columns=unused).to_csv(path, index=False)
+    fields = [field for field in PROPERTIES if field != "available"]
+    outputs = json.loads((tables / "manifest.json").read_text())["outputs"]
+    del outputs["truth.csv"]
+    items = tables / "item_feadf.csv"
+    pd.read_csv(items, dtype=str)[["itemid", *fields]].to_csv(items, index=False)
+    change_manifest(tables, tasks=tasks, categorical=fields, outputs={name: sha256(tables / name) for name in outputs},
+                    tables={"item_feadf.csv": {"key": "itemid", "fields": fields}})
+    splits = load_splits(tables)
+    assert splits.given == expected == splits.val.metadata["given"]
+    assert splits.task_names == [task["name"] for task in tasks]
+    assert splits.train.labels.shape == (len(splits.train), len(tasks))
+    assert splits.train.numerical_num == 2 + 2 * len(tasks)
+
+
+def test_first_tasks_keep_all_features(rt_tables: Path, splits: Splits) -> None:
+    one = load_splits(rt_tables, task_num=1)
+    assert one.task_names == one.train.metadata["tasks"] == ["CTR"]
+    assert one.test.labels.tolist() == splits.test.labels[:, :1].tolist()
+    assert one.test.numerical.tolist() == splits.test.numerical.tolist()
+    assert one.fingerprint == splits.fingerprint
+    message = user_error_message(lambda: load_splits(rt_tables, task_num=3))
+    assert message == f"--task_num: 3, but {rt_tables} has 2: CTR, CTCVR"

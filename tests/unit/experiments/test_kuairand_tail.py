@@ -83,10 +83,10 @@ def test_outcomes_count_from_the_next_row(krtail: Path) -> None:
     features = dict(zip(splits.train.numerical_names, np.concatenate(parts).T, strict=True))
     position = np.arange(5)
     np.testing.assert_allclose(features["position"], np.log1p(position), rtol=1e-6)
-    np.testing.assert_allclose(features["click_rate"], np.array([0, 1, 1, 2, 2]) / (position + 1), rtol=1e-6)
-    np.testing.assert_allclose(features["pay_rate"], np.array([0, 1, 1, 1, 1]) / (position + 1), rtol=1e-6)
-    assert features["last_click"].tolist() == [0, 1, 0, 1, 0]
-    assert features["last_pay"].tolist() == [0, 1, 0, 0, 0]
+    np.testing.assert_allclose(features["long_view_rate"], np.array([0, 1, 1, 2, 2]) / (position + 1), rtol=1e-6)
+    np.testing.assert_allclose(features["like_rate"], np.array([0, 1, 1, 1, 1]) / (position + 1), rtol=1e-6)
+    assert features["last_long_view"].tolist() == [0, 1, 0, 1, 0]
+    assert features["last_like"].tolist() == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("cell", "column", "problem"), [

@@ -381,7 +381,38 @@ def test_the_calibrator_by_hand() -> None:
     predictions = torch.tensor([[0.5, 0.3], [0.4, 0.6], [0.1, 0.1]])
     assert float(model.calibration_loss(predictions)) == pytest.approx(0.6 * 0.2 / 3)
     three = torch.tensor([[0.1, 0.4, 0.9], [0.9, 0.5, 0.6]])
-    assert float(model.calibration_loss(three)) == pytest.approx(0.6 * ((0.3 + 0.5) + 0.1) / 2)
+    chain = AITM(*SIZES[:-1], 3, 0.0, calibrator_weight=0.6)
+    assert float(chain.calibration_loss(three)) == pytest.approx(0.6 * ((0.3 + 0.5) + 0.1) / 2)
+    fan = AITM(*SIZES[:-1], 3, 0.0, calibrator_weight=0.6, given=[-1, 0, 0])
+    assert float(fan.calibration_loss(three)) == pytest.approx(0.6 * (0.3 + 0.8) / 2)
+
+
+def test_aitm_transfers_along_given_tasks() -> None:
+    """Task 1 is given none; task 2 is given task 0."""
+    model, x = AITM(*SIZES[:-1], 3, 0.0, given=[-1, -1, 0]), batch()
+    predictions = model(*x)
+    reads = [[max(gradients(predictions[:, task].sum(), bottom)) > 0 for bottom in model.bottoms] for task in range(3)]
+    assert reads == [[True, False, False], [False, True, False], [True, False, True]]
+    fields = model.input(*x).materialize()
+    torch.testing.assert_close(predictions[:, 1:2], torch.sigmoid(model.towers[1](model.bottoms[1](fields))))
+
+
+@pytest.mark.parametrize(("given_tasks", "factors"), [
+    ([-1, 0, 1], [[0], [0, 1], [0, 1, 2]]), ([-1, -1, -1], [[0], [1], [2]]), ([-1, -1, 0], [[0], [1], [0, 2]]),
+    (None, [[0], [0, 1], [0, 2]])], ids=str)
+def test_esmm_multiplies_along_given_tasks(given_tasks: list[int] | None, factors: list[list[int]]) -> None:
+    model, x = ESMM(*SIZES[:-1], 3, 0.0, given_tasks), batch()
+    h = model.bottom(model.input(*x))
+    rates = [torch.sigmoid(tower(h))[:, 0] for tower in model.towers]
+    expected = torch.stack([torch.stack([rates[number] for number in numbers]).prod(dim=0) for numbers in factors], 1)
+    torch.testing.assert_close(model(*x), expected)
+
+
+@pytest.mark.parametrize("given_tasks", [[-1], [-1, 1], [0, -1], [-1, -2], [-1, 0.0], [-1, 0, 0]], ids=str)
+def test_only_earlier_tasks_are_given(given_tasks: list[int]) -> None:
+    for cls in (ESMM, AITM):
+        with pytest.raises(ValueError, match="given"):
+            cls(*SIZES, 0.0, given=given_tasks)
 
 
 def test_calibrator_weight_is_0_unless_set() -> None:

@@ -422,7 +422,7 @@ def arguments(*flags: str) -> SLArguments:
 
 def test_defaults_are_those_documented() -> None:
     got = arguments()
-    assert (got.dataset_name, got.model_name, got.task_num, got.expert_num) == ("rt", "esmm", 2, 8)
+    assert (got.dataset_name, got.model_name, got.task_num, got.expert_num) == ("rt", "esmm", 0, 8)
     assert (got.batch_size, got.learning_rate, got.weight_decay, got.embed_dim) == (2048, 1e-3, 1e-6, 128)
     assert (got.feature_map_rate, got.seed, got.save_dir, got.device) == (0.2, 2022, "chkpt/SL", "auto")
     assert got == SLArguments()
@@ -446,7 +446,7 @@ def test_flags_set_what_they_name() -> None:
     ("--weight_decay=-1e-9", ["--weight_decay"]),
     ("--dropout=1", ["--dropout"]),
     ("--feature_map_rate=1.1", ["--feature_map_rate"]),
-    ("--task_num=3", ["--task_num"]),
+    ("--task_num=17", ["--task_num"]),
     ("--expert_num=1", ["--expert_num"]),
     ("--seed=-1", ["--seed"]),
     ("--polish=-1", ["--polish"]),
