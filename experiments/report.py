@@ -51,13 +51,14 @@ def _section(results: Results, dataset: str, out: Path) -> str:
         plot_differences(results, out / f"{dataset}_gain.png", f"{dataset}, {results.table['seed'].nunique()} seeds")
         parts += [headline(results), f"![differences in AUC]({dataset}_gain.png)", main_table(results),
                   difference_table(results, [(model, *pair) for model in results.models for pair in MAIN_PAIRS])]
-        if len(results.rows(*REFERENCE)):
-            parts += ["### Against gradient-boosted trees",
-                      "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, "
-                      "one a task (`experiments/boosting.py`).",
-                      difference_table(results, [(model, "baseline", REFERENCE[1]) for model in results.models])]
     else:
         parts.append("No model has a complete set of runs (baseline, controls and RMTL).")
+    if len(results.rows(*REFERENCE)):
+        parts += ["### Against gradient-boosted trees",
+                  "**boosting** is scikit-learn's `HistGradientBoostingClassifier` on the inputs of the models, one a "
+                  "task (`experiments/boosting.py`).",
+                  difference_table(results, [(model, "baseline", REFERENCE[1]) for model in results.baselines],
+                                   means=True)]
     for name, title in TITLES.items():
         with_selected, pairs = results.comparisons(name)
         if pairs:

@@ -95,6 +95,7 @@ class Results:
         self.tasks = str(table["tasks"].iloc[0]).split()
         by_model = table[table["table"] == "main"].groupby("model", sort=False)["condition"]
         self.models = [str(model) for model, names in by_model if {"RMTL", *CONTROLS} <= set(names)]
+        self.baselines = [str(model) for model, names in by_model if "baseline" in set(names)]
 
     @staticmethod
     def by_dataset(rows: Sequence[dict[str, str]]) -> dict[str, Results]:
