@@ -48,7 +48,7 @@ def main(settings: PredictArguments) -> None:
     if not settings.model:
         raise UserError("--model: the file of a model is needed, such as --model=pretrain/rt_esmm.pt")
     if bool(settings.rows) + bool(settings.split) + bool(settings.export) != 1:
-        raise UserError("one of --rows=NEW.csv, --split=test and --export=model.onnx is needed")
+        raise UserError("give one of --rows=NEW.csv, --split=test and --export=model.onnx")
     path, export, out = Path(settings.model), Path(settings.export), Path(settings.out)
     if settings.export:
         check_export(export)

@@ -81,7 +81,9 @@ def check_metadata(saved: Mapping[str, Any], expected: Mapping[str, Any], path: 
     for name, value in expected.items():
         if not strict_equal(saved.get(name), value):
             found = saved.get(name)
-            what = DIFFERS.get(name, f"its {name} is {truncate(found)}, not {truncate(value)}")
+            values = truncate(found), truncate(value)
+            what = DIFFERS.get(name, f"its {name} is {values[0]}, not {values[1]}" if values[0] != values[1] else
+                               f"its {name} differs (another --feature_map_rate, or data)")
             if name in FLAGS:
                 fitting = [f"--{flag}={_typed(saved[flag])}" for flag in FLAGS
                            if flag in expected and flag in saved and not strict_equal(saved[flag], expected[flag])]

@@ -68,6 +68,8 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int, labels: Sequen
     schema: dict[str, ColumnType] = {**LOG_SCHEMA, **{f"is_{label}": "label" for label in others}}
     log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, schema)))
     rows, row_counts = _build_rows(log, session_gap, min_session, others)
+    unused = [label for label in TASKS if label not in labels]
+    rows = rows.drop(columns=[name for label in unused for name in (label, f"{label}_time")])
     user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
     video_table, video_counts = read_features(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION), rows, "videos")
     video_table[DURATION], num_invalid = _log2_bucket(video_table[DURATION])

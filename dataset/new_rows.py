@@ -72,6 +72,8 @@ def check_rows(table: pd.DataFrame, log: Log) -> pd.DataFrame:
 
 
 def _numbers(table: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    if table[name].dtype.kind in "mM":
+        raise UserError(f"column '{name}' of the rows: dates, not numbers: times are whole milliseconds since 1970")
     try:
         return table[name].to_numpy(np.float64, na_value=np.nan)
     except (TypeError, ValueError) as error:

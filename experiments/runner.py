@@ -54,7 +54,7 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     """
     datasets = settings.datasets.split(",")
     runs = _all_runs(settings)
-    every = runs | _all_runs(_widen(settings, read_results(path) if path.exists() else []))
+    every = runs | _same_settings(settings, read_results(path) if path.exists() else [])
     if settings.simulates_rt:
         _make_quick_dataset(Path(settings.dataset_path_of("rt")))
     fingerprints = {name: get_dataset(name, settings.dataset_path_of(name)).fingerprint for name in datasets}
@@ -105,12 +105,16 @@ def _all_runs(settings: ExperimentArguments) -> dict[Key, ExperimentRun]:
     return {run.key: run for run in itertools.starmap(ExperimentRun, runs)}
 
 
-def _widen(settings: ExperimentArguments, rows: Sequence[Row]) -> ExperimentArguments:
-    """The settings with all tables, and the models and seeds of these rows as well."""
-    models = dict.fromkeys([*(row["model"] for row in rows if row["model"] in MODELS), *settings.models.split(",")])
+def _same_settings(settings: ExperimentArguments, rows: Sequence[Row]) -> dict[Key, ExperimentRun]:
+    """The runs of these settings in all tables, of the models and seeds of these rows as well. Some tables are of the
+    first model: here each model is."""
+    models = dict.fromkeys([*settings.models.split(","), *(row["model"] for row in rows if row["model"] in MODELS)])
     seeds = [*settings.all_seeds, *(int(row["seed"]) for row in rows)]
-    return replace(settings, tables="", name_filter="", models=",".join(models), first_seed=min(seeds),
-                   seeds=max(seeds) - min(seeds) + 1)
+    runs: dict[Key, ExperimentRun] = {}
+    for first in models:
+        runs |= _all_runs(replace(settings, tables="", name_filter="", models=",".join(dict.fromkeys([first, *models])),
+                                  first_seed=min(seeds), seeds=max(seeds) - min(seeds) + 1))
+    return runs
 
 
 def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:

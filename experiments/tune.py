@@ -149,7 +149,8 @@ class Tuner:
             study.enqueue_trial(_first_params(self.settings))
         for name, value in study.user_attrs["identity"].items():
             if identity.get(name) != value:
-                what = "is of other data" if name == "data" else f"has --{name}={truncate(value)}"
+                given = ",".join(value) if name == "space" else truncate(value)
+                what = "is of other data" if name == "data" else f"has --{name}={given}"
                 raise UserError(f"{self.folder}: its study {what}: give the same, or another --out")
 
     def run(self) -> None:

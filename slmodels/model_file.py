@@ -75,8 +75,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dataset: st
     """The model of a file that `SLmain.py` wrote, ready to predict: in eval mode, of the sizes in the file.
 
     Besides, it has `metadata`, the metadata of the file (`model_metadata`); `catemapper`, its vocabulary, which gives a
-    data set the ids that it was trained with: `model.catemapper.map(split)`; and `predict`, which scores the rows of a
-    table (`slmodels.predictor.Predictor.predict`). Raises UserError.
+    data set the ids that it was trained with: `model.catemapper.map(split)`; and `predict` and `encode`, which score
+    the rows of a table, or give what the model reads of them (`slmodels.predictor.Predictor`). Raises UserError.
 
     dataset: the folder of the data set whose rows are the history of those to score, or the one above it; default: that
         of the training, in `dataset/`. It is read at the first `predict`.
@@ -88,7 +88,8 @@ def load_model(path: str | Path, device: torch.device | str = "cpu", dataset: st
                       if name not in ("weights", "catemapper", "settings")}
     mapping = saved.get("catemapper")
     model.catemapper = Catemapper.from_state_dict(mapping, path) if mapping else None  # type: ignore[assignment]
-    model.predict = Predictor(model, path, dataset or "dataset").predict  # type: ignore[assignment]
+    predictor = Predictor(model, path, dataset or "dataset")
+    model.predict, model.encode = predictor.predict, predictor.encode  # type: ignore[assignment]
     return model
 
 

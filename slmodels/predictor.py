@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.checkpoint import DIFFERS
 from common.errors import UserError
@@ -87,26 +88,41 @@ class Predictor:
         model does not know. Raises UserError where a column is missing or invalid, or the data set is not one that the
         model can read.
         """
-        rows, metadata = check_rows(table, self.log), self.metadata
-        tasks = list(metadata["tasks"])
-        if not len(rows):
+        tasks = list(self.metadata["tasks"])
+        if not len(table):
             return pd.DataFrame(columns=tasks, index=table.index, dtype=np.float32)
-        new = with_history(self.log, rows, metadata["numerical"], candidates)
-        if metadata["data"] != self.log.fingerprint and metadata.get("numerical_names") != new.dataset.numerical_names:
-            raise self._misfit(f"numerical features {', '.join(metadata.get('numerical_names', ['of unknown names']))}",
-                               ", ".join(new.dataset.numerical_names))
-        self.catemapper.map(new.dataset)
-        device = next(self.model.parameters()).device
-        loader = TensorLoader(new.dataset, BATCH, device, window=metadata["window"])
+        new = self._new_rows(table, candidates)
         self.model.eval()
         with torch.no_grad():
-            chunks = [self.model(*loader.take(index.to(device))[:2])
-                      for index in torch.from_numpy(new.positions).split(BATCH)]
+            chunks = [self.model(*batch) for batch in self._batches(new)]
         result = pd.DataFrame(torch.cat(chunks).cpu().numpy(), columns=tasks, index=table.index)
         if not np.isfinite(result.to_numpy()).all():
             raise UserError(f"{self.path}: predictions contain NaN/Inf")
         result.attrs["notes"] = self._notes(table, new, candidates)
         return result
+
+    def encode(self, table: pd.DataFrame, candidates: bool = False) -> tuple[Tensor, Tensor]:
+        """What the model reads of the rows: ids (n, F) and numbers (n, N), not yet standardized; with an encoder of
+        window W (n, W, F) and (n, W, N). For an exported model. Arguments and errors are those of `predict`."""
+        ids, numbers = zip(*self._batches(self._new_rows(table, candidates)), strict=True)
+        return torch.cat(ids).cpu(), torch.cat(numbers).cpu()
+
+    def _new_rows(self, table: pd.DataFrame, candidates: bool) -> NewRows:
+        rows, metadata = check_rows(table, self.log), self.metadata
+        new = with_history(self.log, rows, metadata["numerical"], candidates)
+        if metadata["data"] != self.log.fingerprint and metadata.get("numerical_names") != new.dataset.numerical_names:
+            raise self._misfit(f"numerical features {', '.join(metadata.get('numerical_names', ['of unknown names']))}",
+                               ", ".join(new.dataset.numerical_names))
+        self.catemapper.map(new.dataset)
+        return new
+
+    def _batches(self, new: NewRows) -> Iterator[tuple[Tensor, Tensor]]:
+        """Ids and numbers of the rows, on the device of the model."""
+        device = next(self.model.parameters()).device
+        loader = TensorLoader(new.dataset, BATCH, device, window=self.metadata["window"])
+        for index in torch.from_numpy(new.positions).split(BATCH):
+            ids, numbers, _ = loader.take(index.to(device))
+            yield ids, numbers
 
     def _notes(self, table: pd.DataFrame, new: NewRows, candidates: bool) -> list[str]:
         """What to know of scored rows, one line each."""
@@ -115,6 +131,11 @@ class Predictor:
                                              f"{new_rows:,} of them not in the log of {self.folder}")]
         if self.metadata["data"] != log.fingerprint:
             notes.append(f"{self.folder} is not the data that the model was trained on; its log is the history")
+        start = min(rows["timestamp"].min() for rows in log.tables.values())
+        earlier = int((table["timestamp"].to_numpy() < start).sum())
+        if earlier:
+            notes.append(f"timestamp: {earlier:,} rows are earlier than every row of the log: are they milliseconds "
+                         "since 1970?")
         unlabelled = [label for label in log.labels if label not in table]
         if unlabelled and new_rows and not candidates:
             notes.append(f"no column {', '.join(unlabelled)}: outcomes of new rows count as not having happened")

@@ -374,7 +374,7 @@ def read_settings(kind: type[Settings], path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: 'settings' is not a JSON object")
     for name in given:
         if name not in known:
-            meant = difflib.get_close_matches(name, known, 1)
+            meant = difflib.get_close_matches(name, known, 1, 0.8)
             raise UserError(f"{path}: {command_line([])} has no setting '{truncate(name)}'"
                             + (f" (did you mean {meant[0]}?)" if meant else "")
                             + (f"; the file is of: {truncate(config['command'], 200)}" if "command" in config else ""))
@@ -392,7 +392,7 @@ def parse(kind: type[Parsed], description: str, arguments: Sequence[str] | None 
                      argument_default=argparse.SUPPRESS,  # only what is given is passed on
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="", metavar="FILE", help="take settings from this file, the config.json of "
-                        "a run or a JSON object of settings; flags win, and --no-NAME switches off what it switches on")
+                        "a run or a JSON object of settings; flags win, and --no-NAME turns a switch of it off")
     for setting in fields(kind):
         assert setting.default is not MISSING
         default = f" (default {_text(setting.default)})" if setting.default != "" else ""

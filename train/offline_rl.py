@@ -216,8 +216,8 @@ def _warn_of_uninformed_critics(agent: DDPG_ESMM, metrics: Mapping[str, float]) 
         correlation = metrics[f"rank_correlation_{task}"]
         if correlation < MIN_RANK_CORRELATION:
             print(f"warning: critic {task + 1}: rank correlation {correlation:.3f}: its Q says next to nothing about "
-                  "the return of held-out sessions, and neither would its weights: train longer (a smaller "
-                  "--converge_tolerance, more --converge_trials), or on a larger log")
+                  "the return of held-out sessions, and neither would its weights: train longer (more "
+                  "--epoch, a smaller --converge_tolerance), or on a larger log")
 
 
 def _reset_collapsed_critics(agent: DDPG_ESMM, metrics: Mapping[str, float], resets_left: int) -> int:

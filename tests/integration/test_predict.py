@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import REPOSITORY, read_tree, run_in_process, user_error_message
 from torch.utils.data import DataLoader
 
@@ -141,7 +142,7 @@ def test_a_missing_column_names_file_and_column(here: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(("flags", "expected"), [
     ([], "--model: the file of a model is needed"),
     (["--model=no.pt", "--split=test"], "no.pt: no such file"),
-    ([f"--model={PLAIN}"], "one of --rows=NEW.csv, --split=test and --export=model.onnx is needed"),
+    ([f"--model={PLAIN}"], "give one of --rows=NEW.csv, --split=test and --export=model.onnx"),
     ([f"--model={PLAIN}", "--split=test", "--export=m.pt2"], "one of --rows=NEW.csv"),
     ([f"--model={PLAIN}", "--export=m.h5"], "m.h5: unknown format '.h5'"),
     ([f"--model={PLAIN}", "--rows=no.csv"], "no.csv: no such file"),
@@ -164,6 +165,10 @@ def test_predict_of_a_loaded_model(path: Path, here: Path) -> None:
     assert list(scores) == TASKS
     assert scores.index.equals(rows.index)
     np.testing.assert_allclose(scores, predictions(path)[rows.index], rtol=0, atol=1e-6)
+    model = load_model(path)
+    with torch.no_grad():
+        by_hand = model(*model.encode(rows))  # type: ignore[operator]
+    np.testing.assert_allclose(scores, by_hand, rtol=0, atol=1e-6)
     for dataset in ("dataset/rt", "dataset", TEST):
         again = load_model(path, dataset=dataset).predict(rows[:9])
         np.testing.assert_allclose(again, scores[:9], rtol=0, atol=1e-6)
@@ -222,7 +227,7 @@ def test_the_page_on_serving(here: Path, tmp_path: Path, monkeypatch: pytest.Mon
     namespace: dict[str, Any] = {}
     exec(compile(code.replace("torch.zeros(5, 6)", f"torch.zeros(5, {numbers})"), "the page", "exec"), namespace)
     assert sorted(namespace["ranked"]["CTR"], reverse=True) == namespace["ranked"]["CTR"].tolist()
-    assert namespace["predictions"].shape == (5, 2)
+    np.testing.assert_allclose(namespace["predictions"], namespace["model"].predict(namespace["shown"]), atol=1e-6)
     assert json.loads(namespace["description"])["metadata"]["tasks"] == TASKS
 
 

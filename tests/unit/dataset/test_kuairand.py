@@ -276,6 +276,16 @@ def test_an_invalid_duration_is_empty_and_counted(tmp_path: Path, duration: str)
     assert row_counts["invalid video_duration (not a number, negative or over a year): empty"] == 1
 
 
+@pytest.mark.parametrize("tasks", [["click"], ["like"], ["click", "like"], ["long_view", "like"]])
+def test_any_tasks_of_kuairand(tasks: list[str], tmp_path: Path) -> None:
+    """Without the labels of the default tasks that are not named."""
+    raw_log(tmp_path / "raw")
+    prepare(tmp_path / "raw", tmp_path / "kr", source="kuairand", tasks=tasks)
+    columns = pd.read_csv(tmp_path / "kr" / "train.csv").columns
+    assert {"click", "long_view", "like"} & {*columns} == {*tasks}
+    assert load_splits(tmp_path / "kr").train.labels.shape[1] == len(tasks)
+
+
 def test_an_unknown_source_is_refused(tmp_path: Path) -> None:
     assert "retailrocket, kuairand" in user_error_message(lambda: prepare(tmp_path, tmp_path / "x", source="movielens"))
 

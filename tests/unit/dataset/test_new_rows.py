@@ -183,6 +183,7 @@ ROWS = small_log("").tables["test"]
     (ROWS.assign(userid="a"), "column 'userid' of the rows: not numbers"),
     (ROWS.assign(click=2), "column 'click' of the rows: a label is 0 or 1"),
     (ROWS.assign(price=np.inf), "column 'price' of the rows: a number is infinite"),
+    (ROWS.assign(timestamp=pd.to_datetime(ROWS["timestamp"], unit="ms")), "column 'timestamp' of the rows: dates"),
     (ROWS.assign(pay_time="soon"), "column 'pay_time' of the rows: not numbers"),
 ])
 def test_invalid_rows_are_refused(rows: pd.DataFrame, expected: str) -> None:

@@ -100,6 +100,9 @@ def test_rows_of_other_selections_stay(rt_tables: Path, tmp_path: Path, monkeypa
     _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--models=mmoe", "--first_seed=5")
     assert [(row["model"], row["seed"]) for row in rows] == [
         *(("mmoe", seed) for seed in "56"), *(("esmm", seed) for seed in "1212")]
+    _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--models=mmoe", "--first_seed=6")
+    assert [(row["model"], row["seed"]) for row in rows] == [
+        *(("mmoe", seed) for seed in "675"), *(("esmm", seed) for seed in "1212")]
     _, rows = run_fake(FakeExecutor(), tmp_path, rt_tables, "--name_filter=baseline", "--epoch=2")
     assert len(rows) == 2
     assert {row["condition"] for row in read_results(tmp_path / "results.previous.csv")} == {"baseline", "uncertainty"}

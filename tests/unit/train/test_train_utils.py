@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
-from common.checkpoint import FORMAT, get_optim_param, load_optimizer_state, load_weights, save_tensors
+from common.checkpoint import FORMAT, check_metadata, get_optim_param, load_optimizer_state, load_weights, save_tensors
 from common.device import pick_device, set_seed
 from dataset.rtrl import RetailRocketRLDataset, load_splits
 from dataset.vocabulary import Catemapper, encode_splits
@@ -387,6 +387,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, name: str, val
     save_model(path, esmm(), {**IDENTITY, name: value})
     text = user_error_message(lambda: load_weights(path, esmm(), IDENTITY, "train it again"))
     assert text == f"{path}: its {name} is {value}, not {IDENTITY[name]}: train it again"
+
+
+def test_values_that_differ_late_are_not_shown() -> None:
+    saved = {**IDENTITY, "field_dims": [3] * 99}
+    text = user_error_message(lambda: check_metadata(saved, {"field_dims": [3] * 98 + [4]}, Path("m.pt"), "train it"))
+    assert text == "m.pt: its field_dims differs (another --feature_map_rate, or data): train it"
 
 
 @pytest.mark.parametrize("value", [torch.tensor([3, 4]), [torch.tensor(3), torch.tensor(4)], (3, 4), [3.0, 4.0],
