@@ -67,9 +67,7 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int, labels: Sequen
     others = [label for label in labels if label not in TASKS]
     schema: dict[str, ColumnType] = {**LOG_SCHEMA, **{f"is_{label}": "label" for label in others}}
     log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, schema)))
-    rows, row_counts = _build_rows(log, session_gap, min_session, others)
-    unused = [label for label in TASKS if label not in labels]
-    rows = rows.drop(columns=[name for label in unused for name in (label, f"{label}_time")])
+    rows, row_counts = _build_rows(log, session_gap, min_session, labels)
     user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
     video_table, video_counts = read_features(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION), rows, "videos")
     video_table[DURATION], num_invalid = _log2_bucket(video_table[DURATION])
@@ -100,8 +98,9 @@ def make_tasks(labels: Sequence[str]) -> list[dict[str, str]]:
 
 
 def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int,
-                others: Sequence[str]) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Steps 2 to 5: the MDP rows, with the labels of TASKS and of other tasks, and the row counts."""
+                labels: Sequence[str]) -> tuple[pd.DataFrame, list[CountRow]]:
+    """Steps 2 to 5: the MDP rows, with these labels, and the row counts."""
+    others = [label for label in labels if label not in TASKS]
     order = np.lexsort((*(-log[f"is_{label}"] for label in others), log["tab"], -log["is_click"], -log["long_view"],
                         -log["play_time_ms"], log["video_id"], log["user_id"], log["time_ms"]))
     log = log.iloc[order].reset_index(drop=True)
@@ -118,11 +117,11 @@ def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int,
     long_view = click & is_long
     candidates = pd.DataFrame({
         "split": split, "sessionid": session, "timestamp": time, "userid": user, "itemid": unique["video_id"],
-        "tab": unique["tab"], "click": click.astype(np.int8), "click_time": time,
-        "long_view": long_view.astype(np.int8), "long_view_time": time + play_time})
-    for label in others:
-        candidates[label] = unique[f"is_{label}"].to_numpy(np.int8)
-        candidates[f"{label}_time"] = time + play_time
+        "tab": unique["tab"]})
+    outcomes = {"click": click, "long_view": long_view, **{label: unique[f"is_{label}"].to_numpy() for label in others}}
+    for label in labels:
+        candidates[label] = outcomes[label].astype(np.int8)
+        candidates[f"{label}_time"] = time if label == "click" else time + play_time
     is_kept = np.bincount(session)[session] >= min_session
     rows = order_rows(candidates[is_kept])
     row_counts = [
