@@ -40,7 +40,7 @@ lint: .venv/test.stamp
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/test.stamp: requirements/test.txt requirements/weighting.txt requirements/tracking.txt requirements/tune.txt requirements/export.txt .venv/run.stamp
+.venv/test.stamp: requirements/test.txt requirements/weighting.txt requirements/tracking.txt requirements/tune.txt requirements/export.txt requirements/cluster.txt .venv/run.stamp
 	$(PIP) -r requirements/test.txt
 	touch $@
 

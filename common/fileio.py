@@ -116,15 +116,16 @@ def _pid_exists(pid: int) -> bool:
 
 
 @contextmanager
-def exclusive_lock(*paths: Path) -> Iterator[None]:
-    """Lock these directories and files for one run. Raises UserError naming the process that has locked one already.
+def exclusive_lock(*paths: Path, wait: float = 0) -> Iterator[None]:
+    """Lock these directories and files for one run. Raises UserError naming the process that has locked one already,
+    and still has after `wait` seconds.
 
     The lock file of a path is `.<name>.lock` beside it, with the owner's process id. The kernel releases the lock when
     the process ends: the lock file of a dead process blocks no run. In a distributed run the main process locks.
     """
     with contextlib.ExitStack() as stack:
         for path in paths if distributed.is_main_process() else ():
-            lock = FileLock(path.parent / f".{path.name}.lock", blocking=False)
+            lock = FileLock(path.parent / f".{path.name}.lock", blocking=wait > 0, timeout=wait)
             lock_path = Path(lock.lock_file)
             with _wrap_os_error(lock_path):
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,12 +6,14 @@
     python3 -m experiments --report_only   # report.md and plots from an existing results.csv
 
 A run is one call of `SLmain.py`, `RLmain.py`, `experiments.boosting` or `experiments.controls` with one thread, in its
-own directory; `--workers` of them run in parallel. A finished run is a row of results.csv with its command. After an
-interruption the same command resumes. report.md and the plots are written from results.csv alone.
+own directory; `--workers` of them run in parallel, with `--scheduler` on the workers of a Dask cluster. A finished run
+is a row of results.csv with its command. After an interruption the same command resumes. report.md and the plots are
+written from results.csv alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
+from experiments.cluster import connect
 from experiments.conditions import ExperimentArguments
 from experiments.report import write_report
 from experiments.runner import run_experiments
@@ -35,10 +38,12 @@ def cli() -> None:
     if not settings.report_only:
         with exclusive_lock(settings.folder):
             check_writable(settings.folder, files=[path, settings.folder / "report.md"])
-            failure = run_experiments(settings, path)
+            with connect(settings.scheduler) if settings.scheduler else contextlib.nullcontext() as executor:
+                failure = run_experiments(settings, path, executor)
     if not path.exists():
         raise UserError(failure or f"{path}: no results yet: run this command without --report_only")
-    command = to_command_line("-m experiments", replace(settings, report_only=False, publish_to="", out="", workers=0))
+    command = to_command_line("-m experiments", replace(settings, report_only=False, publish_to="", out="", workers=0,
+                                                        scheduler=""))
     rows = read_results(path)
     write_report(rows, settings.folder, command)
     if settings.publish_to:

@@ -41,7 +41,9 @@ class ExperimentArguments(Settings):
     taus: str = option("0.05,1", "values of tau besides 0.2; each trains its own critics")
     quick: bool = option(False, "small version: two models, 3 seeds, narrow embeddings, few epochs, and for rt a "
                          "smaller simulated log where there is none")
-    workers: int = option(0, "parallel runs; 0: the number of cores", low=0, high=4096)
+    workers: int = option(0, "parallel runs; 0: the number of cores, or of the cluster's workers", low=0, high=4096)
+    scheduler: str = option("", "run on the workers of the Dask scheduler at this address, such as tcp://host:8786 "
+                            "(needs requirements/cluster.txt; docs/scale.md)")
     out: str = option("", "output directory (default chkpt/experiments, with --quick chkpt/experiments_quick)")
     report_only: bool = option(False, "run nothing: write report.md and plots from the results.csv in --out")
     publish_to: str = option("", "also write report.md, plots and results.csv to this directory")

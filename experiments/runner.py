@@ -1,4 +1,4 @@
-"""Run the experiments: each run is a program with one thread, at most `--workers` of them in parallel."""
+"""Run the experiments: each run is a program with one thread, on this machine or on a Dask cluster."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ import RLmain
 import SLmain
 from common.csv_reader import read_csv_rows
 from common.errors import UserError
-from common.fileio import read_json
+from common.fileio import exclusive_lock, read_json
 from dataset.prepare import prepare
+from dataset.rtrl import find_folder
 from dataset.simulate import SimulationConfig, simulate
 from experiments import boosting, controls
 from experiments.boosting import BoostingArguments
+from experiments.cluster import DaskExecutor
 from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
 from experiments.controls import ControlArguments
 from experiments.statistics import read_results, write_results
@@ -39,6 +41,7 @@ from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, to_command_line
 from train.run import get_dataset
 
+LOCK_SECONDS = 120  # how long a run waits for the end of a process that does it, too: its runner was just killed
 KEEP_FILES = ("metrics.csv", "test.csv", "config.json", "curves.png", "weights.png", "weights.csv", "log.txt")
 Row = dict[str, str]
 
@@ -49,8 +52,8 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     Rows of the same settings stay in results.csv, also of tables, models and seeds that are not asked for.
 
     Args:
-        executor: where at most `--workers` runs execute at a time, such as Dask's `Client.get_executor()`, with this
-            directory shared; default: a pool of processes, or this process for one worker.
+        executor: where runs execute, at most `--workers` at a time; default: a pool of processes, or this process for
+            one worker.
     """
     datasets = settings.datasets.split(",")
     runs = _all_runs(settings)
@@ -60,7 +63,11 @@ def run_experiments(settings: ExperimentArguments, path: Path, executor: Executo
     fingerprints = {name: get_dataset(name, settings.dataset_path_of(name)).fingerprint for name in datasets}
     rows = _reusable_rows(path, settings, every, fingerprints)
     pending = _pending(runs, rows, settings)
-    workers = min(settings.workers or os.cpu_count() or 1, max(1, len(pending)))
+    if isinstance(executor, DaskExecutor):
+        executor.check_workers(settings.folder, [find_folder(Path(settings.dataset_path_of(name)), name)
+                                                 for name in datasets])
+    most = len(pending) if executor else os.cpu_count() or 1  # a cluster has its own queue, and workers come and go
+    workers = max(1, min(settings.workers or most, len(pending)))
     graph = TopologicalSorter({key: [dependency for dependency in runs[key].dependencies if dependency in pending]
                                for key in pending})
     graph.prepare()
@@ -120,7 +127,13 @@ def _same_settings(settings: ExperimentArguments, rows: Sequence[Row]) -> dict[K
 def execute(run: ExperimentRun, experiment: ExperimentArguments) -> Row:
     """Run to completion in this process; return the row of results.csv. Raises UserError as the program does."""
     torch.set_num_threads(1)  # results must not depend on how many runs are parallel
-    started, folder, settings = time.time(), run.folder(experiment), run.settings(experiment)
+    folder = run.folder(experiment)
+    with exclusive_lock(folder, wait=LOCK_SECONDS):
+        return _execute_alone(run, experiment, folder)
+
+
+def _execute_alone(run: ExperimentRun, experiment: ExperimentArguments, folder: Path) -> Row:
+    started, settings = time.time(), run.settings(experiment)
     run_dir = settings.run_dir
     if _saved_settings(run_dir.config) != settings.plain():
         shutil.rmtree(folder, ignore_errors=True)
