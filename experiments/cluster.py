@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import pickle
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import distributed
 
 CONNECT_SECONDS = 10
+REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 class DaskExecutor(Executor):
@@ -36,13 +38,21 @@ class DaskExecutor(Executor):
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        task = self.client.submit(_execute, os.getcwd(), function, args, options, pure=False)
+        call = pickle.dumps((function, args, options))  # the scheduler unpickles arguments, too: it needs no torch
+        task = self.client.submit(_execute, os.getcwd(), call, pure=False)
         task.add_done_callback(partial(_set_outcome, future))
         return future
 
     def check_workers(self, folder: Path, datasets: Sequence[Path]) -> None:
         """Raise UserError, naming the worker, unless every worker can do runs of this process: it has one thread, a
         nanny, this program, this output folder and the data sets in these folders. Waits for the first worker."""
+        try:
+            self.client.run_on_scheduler(_is_importable)
+        except ImportError as error:
+            raise UserError(f"--scheduler: the scheduler cannot import this program ({error}): start it with "
+                            f"PYTHONPATH={REPOSITORY}") from error
+        if not self.client.nthreads():
+            print("waiting for the first worker of the cluster", flush=True)
         self.client.wait_for_workers(1)
         for address, worker in self.client.scheduler_info(n_workers=-1)["workers"].items():
             if worker["nthreads"] != 1 or not worker["nanny"]:
@@ -57,10 +67,9 @@ class DaskExecutor(Executor):
         finally:
             token.unlink(missing_ok=True)
         for address, problem in problems.items():
-            if isinstance(problem, ImportError):
-                problem = f"cannot import this program ({problem}): start it with PYTHONPATH={Path.cwd()}"
             if problem:
-                raise UserError(f"--scheduler: worker {address} {problem}")
+                raise UserError(f"--scheduler: worker {address} " + (problem[0] if isinstance(problem, list) else (
+                    f"cannot import this program ({problem}): start it with PYTHONPATH={REPOSITORY}")))
 
 
 def require_distributed() -> None:
@@ -105,22 +114,26 @@ def _set_outcome(future: Future[Any], task: distributed.Future[Any]) -> None:
     future.set_exception(error)
 
 
-def _find_problem(folder: str, token: Path, expected: str, manifests: Mapping[str, str]) -> str:
-    """What this worker lacks of the runner's files; "" for nothing."""
+def _is_importable() -> bool:
+    return True
+
+
+def _find_problem(folder: str, token: Path, expected: str, manifests: Mapping[str, str]) -> list[str]:
+    """What this worker lacks of the runner's files, in words; [] for nothing."""
     try:
         with contextlib.chdir(folder):
             if token.read_text(encoding="utf-8") != expected:
-                return f"has another {token.parent} than this process: share the folder"
+                return [f"has another {token.parent} than this process: share the folder"]
             for path, digest in manifests.items():
                 if sha256(Path(path)) != digest:
-                    return f"has other data than this process: {path}"
+                    return [f"has other data than this process: {path}"]
     except OSError as error:
-        return f"does not see this process's {error.filename} ({error.strerror}): share the folder {folder}"
-    return ""
+        return [f"does not see this process's {error.filename} ({error.strerror}): share the folder {folder}"]
+    return []
 
 
-def _execute(folder: str, function: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Call a function on a worker, in a folder; the worker's process ends if the call is cancelled meanwhile."""
+def _execute(folder: str, call: bytes) -> Any:
+    """Do a pickled call on a worker, in a folder; the process ends if the call is cancelled meanwhile."""
     import distributed
 
     worker = distributed.get_worker()
@@ -135,6 +148,7 @@ def _execute(folder: str, function: Callable[..., Any], args: tuple[Any, ...], o
     threading.Thread(target=exit_when_cancelled, daemon=True).start()
     try:
         with contextlib.chdir(folder):
+            function, args, options = pickle.loads(call)
             return function(*args, **options)
     finally:
         finished.set()
