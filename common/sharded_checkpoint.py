@@ -7,6 +7,7 @@ code.
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,22 +92,23 @@ def read_shards(folder: Path, value: dict[str, Any], hint: str) -> dict[str, Any
         return value
     try:
         saved = value.pop(KEY)
-        target, tensors = folder / str(int(saved["folder"])), {}
+        target = folder / str(int(saved["folder"]))
         for file, digest in saved["sha256"].items():
             if not is_safe_filename(file) or sha256(target / file) != digest:
                 raise UserError(f"{target / file}: checksum mismatch: the file is damaged: {hint}")
         mesh = init_device_mesh("cuda" if torch.distributed.get_backend() == "nccl" else "cpu",
                                 (distributed.world_size(),))
-        for name, size, _, _, file, _, _ in saved["contents"]:
-            if file not in saved["sha256"]:
-                raise UserError(f"{target / file}: a file without a checksum: {hint}")
-            if name not in tensors:
-                tensors[name] = zeros(*size, device_mesh=mesh, placements=[Shard(0)])
+        sizes = {name: size for name, size, *_ in saved["contents"]}
+        if 4 * sum(map(math.prod, sizes.values())) > sum((target / file).stat().st_size for file in saved["sha256"]):
+            raise ValueError("more rows than the files have")
+        if not saved["sha256"].keys() >= {file for *_, file, _, _ in saved["contents"]}:
+            raise ValueError("a file without a checksum")
+        tensors = {name: zeros(*size, device_mesh=mesh, placements=[Shard(0)]) for name, size in sizes.items()}
         load(tensors, storage_reader=_Reader(target, saved["contents"]))
+        return _map(value, lambda item: tensors[str(item[KEY])] if isinstance(item, dict) and KEY in item else item)
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, CheckpointException) as error:
         reason = " ".join(str(error).split())[:120]
         raise UserError(f"{folder}: sharded tensors that cannot be read ({reason}): {hint}") from error
-    return _map(value, lambda item: tensors[str(item[KEY])] if isinstance(item, dict) and KEY in item else item)
 
 
 def _map(value: Any, change: Callable[[Any], Any]) -> Any:
