@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.checkpoint import load_weights, state_dict_hash
 from common.csv_reader import write_csv
 from common.device import pick_device, set_seed
-from common.errors import cli_entry_point
+from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
@@ -74,6 +75,9 @@ def run_exclusively(work: Callable[[SLArguments, torch.device], list[Metrics]],
                     settings: SLArguments) -> list[Metrics]:
     """Do a run as the only one that writes to its directory and, if it makes one, to the baseline. Raises UserError."""
     device = pick_device(settings.device, settings.precision)
+    if settings.shard_embeddings and distributed.world_size() == 1:
+        raise UserError("--shard_embeddings: there is one process, and it has the whole tables: leave the switch out, "
+                        "or start several processes: torchrun --nproc_per_node=2 SLmain.py ...")
     makes_baseline = not settings.polish_lambda and settings.weighting == "equal"
     with exclusive_lock(settings.run_dir.path, *[settings.baseline(settings.model_name)] * makes_baseline):
         return work(settings, device)
@@ -148,8 +152,11 @@ def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> n
     build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, len(splits.task_names),
                     settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator_weight,
                     settings.encoder, settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims, splits.given)
-    check_training(network_size(build, field_dims, settings.embed_dim), settings.model_name,
-                   min(settings.batch_size, len(splits.train)), device)
+    size, rows = network_size(build, field_dims, settings.embed_dim), min(settings.batch_size, len(splits.train))
+    if settings.shard_embeddings:
+        table = size.table * size.embed_dim
+        size = size._replace(parameters=size.parameters - table + table // distributed.world_size())
+    check_training(size, settings.model_name, rows, device)
     set_seed(settings.seed)
     model = build()
     standardize(model, torch.from_numpy(splits.train.numerical))
@@ -174,10 +181,16 @@ def make_training(settings: SLArguments, splits: Splits, catemapper: Catemapper,
     def save(path: Path, state: Mapping[str, Tensor]) -> None:
         save_model(path, state, metadata, catemapper, settings.trained_with)
 
+    parameters: Any = model.parameters()
+    if settings.shard_embeddings:
+        from layers.sharding import parameter_groups, shard_embeddings
+
+        shard_embeddings(model)
+        parameters = parameter_groups(model)
     rate = settings.learning_rate * (settings.polish_lr_ratio if settings.is_finetuning else 1.0)
     return Training(
         model, splits,
-        torch.optim.Adam(model.parameters(), lr=rate, weight_decay=settings.weight_decay, fused=True),
+        torch.optim.Adam(parameters, lr=rate, weight_decay=settings.weight_decay, fused=True),
         EarlyStopper(settings.patience), settings.run_dir, save, device, batch_size=settings.batch_size,
         seed=settings.seed, polisher=polisher,
         weighting=make_task_weighting(settings.weighting, len(splits.task_names), settings.learning_rate, device),

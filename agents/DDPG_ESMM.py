@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -25,6 +25,7 @@ from common.checkpoint import (
     load_weights,
     state_dict_hash,
 )
+from common.distributed import Network
 from common.errors import UserError
 from common.finite import NonFiniteMonitor, first_nonfinite_tensor
 from common.run_dir import baseline_path, critic_names, network_names, network_path
@@ -107,6 +108,7 @@ class DDPG_ESMM:
             setattr(self, f"{name}_optimizer", torch.optim.Adam(critic.parameters(), lr=critic_lr, fused=True))
         for frozen in (self.pretrain_actor, self.actor_target, *(target for _, target, _ in self.critics())):
             frozen.eval().requires_grad_(False)
+        self._parallel: dict[nn.Module, nn.Module] = {}
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=actor_lr, fused=True)
         self.nan_monitors = [NonFiniteMonitor(device, 50) for _ in range(self.task_num)]  # of the critics' losses
 
@@ -129,6 +131,12 @@ class DDPG_ESMM:
         """Each task's critic, its target and its optimizer."""
         return [(getattr(self, name), getattr(self, f"{name}_target"), getattr(self, f"{name}_optimizer"))
                 for name in critic_names(self.task_num)]
+
+    def parallel(self, network: Network) -> Network:
+        """A network to compute losses with: of several processes each trains it on its own rows."""
+        if network not in self._parallel:
+            self._parallel[network] = distributed.data_parallel(network)
+        return cast(Network, self._parallel[network])
 
     def networks(self) -> dict[str, nn.Module]:
         return {name: getattr(self, name) for name in network_names(self.task_num)}
@@ -185,11 +193,10 @@ class DDPG_ESMM:
     def fit_normalizer_and_cache(self) -> None:
         """Take from the filled replay buffer what no update changes: nothing here."""
 
-    def sample_shard(self) -> tuple[Tensors, float]:
-        """This process's shard of a batch from the replay buffer, and which fraction of the batch it is."""
+    def sample_shard(self) -> Tensors:
+        """This process's rows of a batch from the replay buffer."""
         batch = self.process_batch(self.memory.sample_batch())
-        tensors, part = distributed.shard(list(batch.values()))
-        return dict(zip(batch, tensors, strict=True)), part
+        return dict(zip(batch, distributed.shard(list(batch.values())), strict=True))
 
     def get_closs(self, critic_id: int, critic: Critic, critic_target: Critic, transition: Tensors) -> Tensor:
         """The mean squared TD error of one critic, times the sample weight: a scalar."""
@@ -218,13 +225,10 @@ class DDPG_ESMM:
     def _discounted(self, critic_id: int, transition: Tensors, next_q: Tensor) -> Tensor:
         return transition["reward"][:, critic_id] + self.gamma * (1 - transition["done"]) * next_q
 
-    def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
-        """The actor's two losses: -mean(Q_1 + ... + Q_T), and the penalty actor_reg mean (a - a_pretrained)^2.
-
-        part: which fraction of the whole batch `transition` is.
-        """
+    def get_aloss(self, transition: Tensors) -> tuple[Tensor, Tensor]:
+        """The actor's two losses: -mean(Q_1 + ... + Q_T), and the penalty actor_reg mean (a - a_pretrained)^2."""
         state = transition["categorical_x"], transition["numerical_x"]
-        action = self.actor(*state)
+        action = self.parallel(self.actor)(*state)
         with torch.no_grad():
             pretrained = self.pretrain_actor(*state)
         q = self._q_values(state, action)
@@ -238,34 +242,35 @@ class DDPG_ESMM:
     def update(self) -> tuple[Tensor, ...]:
         """One DDPG update: all critics, then, after init_training_step, the actor. Returns T + 2 tensors (): the losses
         of critic 1 to T and of the actor, and its penalty."""
-        transition, part = self.sample_shard()
-        closses = self._update_critics(transition, part)
-        aloss, aloss_reg = self._actor_losses(transition, part)
-        if self.updates > self.init_training_step and self.updates % self.actor_update_freq == 0:
+        transition = self.sample_shard()
+        closses = self._update_critics(transition)
+        trains = self.updates > self.init_training_step and self.updates % self.actor_update_freq == 0
+        with torch.set_grad_enabled(trains):
+            losses = self._actor_losses(transition)
+        mean_losses, fraction, _ = distributed.batch_mean(losses, len(transition["action"]))
+        if trains:
             self.actor_optimizer.zero_grad()
-            (part * (aloss + aloss_reg)).backward()
-            distributed.all_reduce_gradients(self.actor)
+            (fraction * losses.sum()).backward()
             self.actor_optimizer.step()
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)
-        aloss, aloss_reg = distributed.all_reduce_sum(part * torch.stack([aloss, aloss_reg]).detach())
-        return *closses, aloss, aloss_reg
+        return *closses, *mean_losses
 
-    def _update_critics(self, transition: Tensors, part: float) -> Tensor:
+    def _update_critics(self, transition: Tensors) -> list[Tensor]:
         closses = []
         for task, (critic, target, optimizer) in enumerate(self.critics()):
             critic.train()
-            closs = self.get_closs(task, critic, target, transition)
-            if bad := self.nan_monitors[task].update(self.updates + 1, closs):
-                raise self.divergence_error(f"the loss of critic{task + 1} (task {task}) is {float(closs.detach())}",
+            closs = self.get_closs(task, self.parallel(critic), target, transition)
+            mean_closs, fraction, _ = distributed.batch_mean(closs, len(transition["action"]))
+            if bad := self.nan_monitors[task].update(self.updates + 1, mean_closs):
+                raise self.divergence_error(f"the loss of critic{task + 1} (task {task}) is {float(mean_closs)}",
                                             bad[1])
             optimizer.zero_grad()
-            (part * closs).backward()
-            distributed.all_reduce_gradients(critic)
+            (fraction * closs).backward()
             optimizer.step()
-            closses.append(closs.detach())
+            closses.append(mean_closs)
         self.updates += 1
-        return distributed.all_reduce_sum(part * torch.stack(closses))
+        return closses
 
     def divergence_error(self, what: str, update: int) -> UserError:
         """The error of a NaN at an update; it names the tensor."""
@@ -273,11 +278,12 @@ class DDPG_ESMM:
         return UserError(f"{what} at update {update} (NaN or infinity in {tensor}): try a smaller --critic_lr; "
                          "the last good epoch is kept")
 
-    def _actor_losses(self, transition: Tensors, part: float) -> tuple[Tensor, Tensor]:
-        self.actor.train()
+    def _actor_losses(self, transition: Tensors) -> Tensor:
+        """The actor's losses (2,), of critics in eval mode."""
+        self.parallel(self.actor).train()
         for critic, _, _ in self.critics():
             critic.eval()
-        return self.get_aloss(transition, part)
+        return torch.stack(self.get_aloss(transition))
 
     def _target_soft_update(self, tau: float) -> None:
         """Move every target by tau towards its network."""

@@ -55,7 +55,7 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         if self.memory.size and (not self.cached_version or self.memory.total_added >= 1.1 * self.cached_version):
             self.fit_normalizer_and_cache()
         batch = super().process_batch(transition)
-        batch["noise"] = torch.randn_like(batch["reward"])  # of the target policy
+        batch["noise"] = distributed.from_main(torch.randn_like(batch["reward"]))  # of the target policy
         is_cached = self.cached_version == self.memory.total_added
         if "index" in transition and is_cached and self.next_predictions is not None:
             batch["next_prediction"] = self.next_predictions[torch.from_numpy(transition["index"])]
@@ -78,14 +78,14 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
         critic.train(was_training)
         return self._discounted(critic_id, transition, next_q)
 
-    def get_aloss(self, transition: Tensors, part: float = 1.0) -> tuple[Tensor, Tensor]:
+    def get_aloss(self, transition: Tensors) -> tuple[Tensor, Tensor]:
         """As the parent, but the first is -lambda mean(Q_1 + ... + Q_T), lambda = 1 / mean|Q(s, a)| over the batch's
-        own actions (TD3+BC, equation (5)), the whole batch's where `transition` is a part of it."""
-        aloss, aloss_reg = super().get_aloss(transition, part)
+        own actions (TD3+BC, equation (5)), of several processes the whole batch's."""
+        aloss, aloss_reg = super().get_aloss(transition)
         with torch.no_grad():
             state = transition["categorical_x"], transition["numerical_x"]
-            size = distributed.all_reduce_sum(part * self._q_values(state, transition["action"]).abs().mean())
-            scale = 1.0 / size.clamp(min=1e-6)
+            size = self._q_values(state, transition["action"]).abs().mean()
+            scale = 1.0 / distributed.batch_mean(size, len(transition["action"]))[0].clamp(min=1e-6)
         return scale * aloss, aloss_reg
 
     def _target_soft_update(self, tau: float) -> None:
@@ -94,12 +94,13 @@ class DDPG_ESMM_BC(DDPG_ESMM_multiweight):
 
     def update(self) -> tuple[Tensor, ...]:
         """One update of all critics. Returns their losses, and the actor's two losses when last evaluated."""
-        transition, part = self.sample_shard()
-        closses = self._update_critics(transition, part)
+        transition = self.sample_shard()
+        closses = self._update_critics(transition)
         if self.updates % LOG_INTERVAL == 1:
             with torch.no_grad():
-                aloss, aloss_reg = distributed.all_reduce_sum(part * torch.stack(self._actor_losses(transition, part)))
-                self.last_actor_losses = aloss, aloss_reg
+                losses = self._actor_losses(transition)
+            aloss, aloss_reg = distributed.batch_mean(losses, len(transition["action"]))[0]
+            self.last_actor_losses = aloss, aloss_reg
         assert self.last_actor_losses is not None
         if self.updates % self.soft_update_freq == 0:
             self._target_soft_update(self.tau)

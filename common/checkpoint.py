@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from common import distributed
 from common.errors import UserError, truncate
 from common.fileio import append_checksum, atomic_file, open_verified
 
@@ -146,7 +147,7 @@ def state_dict_hash(*models: nn.Module) -> str:
     digest = hashlib.sha256()
     for model in models:
         for name, tensor in model.state_dict().items():
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + distributed.full_tensor(tensor).detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

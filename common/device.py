@@ -13,8 +13,12 @@ from common import distributed
 from common.errors import UserError
 
 
-def set_seed(seed: int, *more: int) -> None:
-    """Seed python, numpy and torch with a function of the numbers given, such as (seed, epoch)."""
+def set_seed(seed: int, *more: int, own: bool = False) -> None:
+    """Seed python, numpy and torch with a function of the numbers given, such as (seed, epoch).
+
+    own: of several processes each draws numbers of its own, such as dropout masks; the main one those of a single one.
+    """
+    more += (distributed.rank(),) * (own and not distributed.is_main_process())
     mixed = int(np.random.SeedSequence([seed, *more]).generate_state(1, np.uint64)[0])
     random.seed(mixed)
     np.random.seed(mixed % 2**32)  # noqa: NPY002 -- for code of others that draws from the global one

@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common import distributed
+
 
 class NonFiniteMonitor:
     """Finds the first step at which a loss was NaN or infinite, and which loss it was.
@@ -36,10 +38,11 @@ class NonFiniteMonitor:
 
 
 def first_nonfinite_tensor(networks: Mapping[str, nn.Module]) -> str:
-    """The name of the first parameter or buffer with a NaN or an infinity: `critic1.first.weight`; "" for none."""
+    """The name of the first parameter or buffer with a NaN or an infinity: `critic1.first.weight`; "" for none. Of
+    a sharded one this process's rows are looked at."""
     named = [(f"{name}.{key}".lstrip("."), tensor) for name, network in networks.items()
              for key, tensor in network.state_dict().items() if tensor.is_floating_point()]
-    finite = torch.stack([torch.isfinite(tensor).all() for _, tensor in named]).tolist()
+    finite = torch.stack([torch.isfinite(distributed.local_tensor(tensor)).all() for _, tensor in named]).tolist()
     return next((name for (name, _), good in zip(named, finite, strict=True) if not good), "")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from common import distributed
-from common.checkpoint import load_tensors, strict_equal
+from common.checkpoint import load_tensors, save_tensors, strict_equal
 from common.errors import UserError, command_line, mark_run_started, truncate
 from common.fileio import read_json, write_json
 
@@ -76,6 +77,7 @@ class RunDirectory:
         self.model = folder / f"{name}.pt"
         self.last_model = folder / f"{name}_last.pt"  # of a polish run: the last epoch's
         self.checkpoint = self.path / "checkpoint.pt"
+        self.shards = self.path / "checkpoint.dcp"  # with --shard_embeddings: the folder of the tables
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.csv"
         self.test_metrics = self.path / "test.csv"  # of an agent's actor
@@ -110,6 +112,10 @@ class RunDirectory:
                         if path.exists()]
             for path in existing:
                 os.replace(path, path.with_name(f"{path.stem}.previous{path.suffix}"))
+            if checkpoint is None and self.shards.exists():
+                previous = self.shards.with_name("checkpoint.previous.dcp")
+                shutil.rmtree(previous, ignore_errors=True)
+                os.replace(self.shards, previous)
             if self.checkpoint in existing:
                 print(f"{self.path}: existing run moved to *.previous.* (--resume continues a run of the same settings)"
                       "\n")
@@ -147,7 +153,20 @@ class RunDirectory:
             if not isinstance(saved_origin, dict) or saved_origin.get(name) != digest:
                 what = {"start": "a different baseline", "critics": "different critics"}[name]
                 raise UserError(f"{self.checkpoint}: checkpoint was started from {what}: {hint}")
+        if saved_settings.get("shard_embeddings"):
+            from common.sharded_checkpoint import read_shards
+
+            return read_shards(self.shards, saved, hint)
         return saved
+
+    def save_checkpoint(self, value: Mapping[str, Any]) -> None:
+        """Write checkpoint.pt, and what is sharded in it to the folder beside it."""
+        value = dict(value)
+        if distributed.world_size() > 1:
+            from common.sharded_checkpoint import write_shards
+
+            value = write_shards(self.shards, value)
+        save_tensors(self.checkpoint, value)
 
     @contextlib.contextmanager
     def resume_errors(self) -> Iterator[None]:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.distributed import rows_of
 from dataset.rtrl import RetailRocketRLDataset
 from dataset.sessions import window_rows
 
@@ -30,15 +31,17 @@ class TensorLoader:
         device: the device of all tensors.
         seed: None: in order. A number: each pass is shuffled, a function of (seed, `epoch`) only.
         window: W; 0: no window, ids (B, F) and numerical (B, N).
+        rank, world_size: give of each batch only the rows of one of several processes (`distributed.rows_of`).
     """
 
     def __init__(self, dataset: RetailRocketRLDataset, batch_size: int, device: torch.device | str = "cpu",
-                 seed: int | None = None, window: int = 0) -> None:
+                 seed: int | None = None, window: int = 0, rank: int = 0, world_size: int = 1) -> None:
         self.tensors: Batch = (torch.from_numpy(dataset.categorical).to(device),
                                torch.from_numpy(dataset.numerical).to(device),
                                torch.from_numpy(dataset.labels).to(device))
         self.session, self.user = dataset.session, dataset.user
         self.batch_size, self.seed, self.epoch, self.window = batch_size, seed, 0, window
+        self.rank, self.world_size = rank, world_size
         self.row_start = torch.from_numpy(dataset.sessions.row_start).to(device)  # (n,)
 
     def add_labels(self, columns: NDArray[np.float32]) -> None:
@@ -78,11 +81,11 @@ class TensorLoader:
         return torch.from_numpy(unique).to(ids.device), torch.from_numpy(inverse).to(ids.device)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.seed is None and not self.window:
+        if self.seed is None and not self.window and self.world_size == 1:
             yield from zip(*(tensor.split(self.batch_size) for tensor in self.tensors), strict=True)
             return
         rows = len(self.session)
         order = (np.arange(rows) if self.seed is None
                  else np.random.default_rng([self.seed, self.epoch]).permutation(rows))
         for index in torch.from_numpy(order).to(self.row_start.device).split(self.batch_size):
-            yield self.take(index)
+            yield self.take(index[rows_of(self.rank, self.world_size, len(index))])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.distributed import pad_to_longest
 from layers.ops import FieldLinear, FieldLookup, GatedSum, dropout, grouped_linear, linear_onednn, relu_dropout
 
 
@@ -26,13 +27,16 @@ class EmbeddingLayer(nn.Module):
         super().__init__()
         self.field_dims = list(field_dims)
         self.embedding = nn.Embedding(sum(field_dims), embed_dim)
+        self.sharded = False  # whether several processes share the table: `layers.sharding`
         nn.init.xavier_uniform_(self.embedding.weight)
         self.offsets: Tensor  # (F,) where each field begins
         self.register_buffer("offsets", torch.tensor([0, *field_dims[:-1]]).cumsum(0), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed the ids x (B, F) -> (B, F, D). Raises IndexError for an id outside its table."""
-        return self.embedding(x + self.offsets)
+        """Embed the ids x (B, F) -> (B, F, D). Raises IndexError for an id outside its table; a sharded one gives
+        zeros."""
+        ids = x + self.offsets
+        return self.embedding(pad_to_longest(ids))[:len(ids)] if self.sharded else self.embedding(ids)
 
 
 class Standardizer(nn.Module):
@@ -88,7 +92,8 @@ class FeatureEmbedding(nn.Module):
         if self.training and self.dropout:
             embedded = dropout(self.embedding(categorical_x).flatten(1), self.dropout)
             return torch.cat([embedded, self.numerical(numerical_x)], dim=1)
-        return LazyConcat(self.embedding, self.numerical, categorical_x, numerical_x)
+        concat = LazyConcat(self.embedding, self.numerical, categorical_x, numerical_x)
+        return concat.materialize() if self.embedding.sharded else concat  # looked up once
 
 
 def set_embedding_dropout(network: nn.Module, p: float) -> None:
@@ -116,11 +121,11 @@ class LazyConcat:
         """Return W concat + b, W (H, (F + 1) D) -> (B, H).
 
         By `ops.FieldLinear`, unless the tables have more rows than the batch has ids: then the plain product is
-        cheaper. An exported graph has that one, whatever the batch.
+        cheaper. An exported graph and sharded tables have that one, whatever the batch.
         """
         embedding, numerical = self.embedding, self.numerical
         table = embedding.embedding.weight  # (V, D), all fields
-        if torch.compiler.is_exporting() or len(table) > self.categorical_x.numel():
+        if embedding.sharded or torch.compiler.is_exporting() or len(table) > self.categorical_x.numel():
             return linear_onednn(self.materialize(), weight, bias)
         if self._lookup is None:
             self._lookup = FieldLookup(self.categorical_x + embedding.offsets, len(table))

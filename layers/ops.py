@@ -14,8 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import distributed
-
 
 class FieldLookup:
     """The row of the table (V, H) that each sample looks up in each field; ids (B, F) are counted over all fields.
@@ -217,10 +215,8 @@ def masked_blocks(x: Tensor, p: float, output: Tensor) -> Iterator[tuple[Tensor,
     processor's cache.
     """
     dropped, scale = round(p * 65536), dropout_scale(p)
-    word_offset, bit_offset = divmod(distributed.first_row() * x[0].numel(), 4)  # in the whole batch's numbers
-    generator = np.random.PCG64DXSM(int(torch.randint(2**62, ()))).advance(word_offset)
-    end = bit_offset + x.numel()
-    random_bits = generator.random_raw(-(-end // 4)).view(np.int16)[bit_offset:end]
+    generator = np.random.PCG64DXSM(int(torch.randint(2**62, ())))
+    random_bits = generator.random_raw(-(-x.numel() // 4)).view(np.int16)[: x.numel()]
     rows = max(1, CHUNK_SIZE // x[0].numel())
     for block, bits, result in zip(x.split(rows), torch.from_numpy(random_bits).view(x.shape).split(rows),
                                    output.split(rows), strict=True):

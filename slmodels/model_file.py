@@ -48,10 +48,11 @@ def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embe
 
 def save_model(path: Path, model: nn.Module | Mapping[str, torch.Tensor], metadata: Mapping[str, Any],
                catemapper: Catemapper | None = None, settings: Mapping[str, Any] | None = None) -> None:
-    """Write a model's weights, metadata and vocabulary, and the settings that it was trained with."""
+    """Write a model's weights, metadata and vocabulary, and the settings that it was trained with; sharded tables as a
+    whole."""
     weights = model.state_dict() if isinstance(model, nn.Module) else dict(model)
-    save_tensors(path, {"weights": {name: tensor.cpu() for name, tensor in weights.items()}, **metadata,
-                        "catemapper": None if catemapper is None else catemapper.state_dict(),
+    save_tensors(path, {"weights": {name: distributed.full_tensor(tensor).cpu() for name, tensor in weights.items()},
+                        **metadata, "catemapper": None if catemapper is None else catemapper.state_dict(),
                         "settings": None if settings is None else as_plain(settings)})
 
 

@@ -173,6 +173,8 @@ class SLArguments(Arguments):
                                       low=0)
     weighting: str = option("equal", "weights of the tasks' losses; all but equal and uncertainty need "
                             "requirements/weighting.txt", choices=WEIGHTINGS)
+    shard_embeddings: bool = option(False, "of several processes (torchrun) each holds some of the rows of the "
+                                    "embeddings, for tables that are too large for one")
     save_dir: str = option("chkpt/SL", "where runs write")
     polish_lambda: float = option(
         0.0, "lambda > 0: fine-tune the baseline with the critics' weights w = 1 - lambda Q", flag="--polish", low=0)

@@ -22,7 +22,7 @@ class CriticWeights(NamedTuple):
 
 
 def _contrast(q: Tensor, labels: Tensor, lambda_: float) -> Tensor:
-    std, mean = torch.std_mean(distributed.all_gather_rows([q]), dim=0, correction=0)
+    std, mean = torch.std_mean(distributed.all_gather_rows(q), dim=0, correction=0)
     return torch.exp(-lambda_ * (q - mean) / std.clamp(min=1e-6))
 
 

@@ -20,6 +20,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from agents import DDPG_ESMM
+from common import distributed
 from common.checkpoint import save_tensors, state_dict_hash
 from common.csv_reader import write_csv
 from common.device import set_seed
@@ -177,7 +178,7 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
     for number in range(first_epoch, epoch + 1):
         if not should_continue:
             break
-        set_seed(seed, number)
+        set_seed(seed, number, own=True)
         agent.memory.reseed(seed, number)
         losses = _train_epoch(agent, epoch_updates)
         metrics = evaluate_critics(environment, agent)
@@ -233,6 +234,8 @@ def _reset_collapsed_critics(agent: DDPG_ESMM, metrics: Mapping[str, float], res
                             "--critic_lr")
         print(f"{collapsed}: re-initialized")
         critic.reset_head()
+        for parameter in critic.parameters():
+            distributed.from_main(parameter.detach())
         target.load_state_dict(critic.state_dict())
         resets += 1
     return resets

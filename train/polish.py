@@ -107,10 +107,11 @@ class RlLossPolisher:
         method = CRITIC_WEIGHTS[UNSHUFFLED.get(self.method, self.method)]
         weights = method.weights(q, labels[:, : q.shape[1]], self.polish_lambda)
         if self.method in UNSHUFFLED:
-            full_batch = distributed.all_gather_rows([weights])
-            (weights,), _ = distributed.shard([full_batch[torch.randperm(len(full_batch), device=weights.device)]])
+            full_batch = distributed.all_gather_rows(weights)
+            order = distributed.from_main(torch.randperm(len(full_batch), device=weights.device))
+            (weights,) = distributed.shard([full_batch[order]])
         if self.normalize:
-            weights = weights / distributed.all_gather_rows([weights]).mean(dim=0)
+            weights = weights / distributed.all_gather_rows(weights).mean(dim=0)
         return weights
 
     def weight_statistics(self, task_names: Sequence[str]) -> dict[str, float]:
@@ -118,7 +119,7 @@ class RlLossPolisher:
 
         Effective sample size, as a fraction of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
-        weights = distributed.all_gather_rows(self._weight_buffer).double().cpu().numpy()  # (n, T)
+        weights = distributed.all_gather_rows(torch.cat(self._weight_buffer)).double().cpu().numpy()  # (n, T)
         self._weight_buffer = []
         statistics: dict[str, float] = {}
         for task, name in enumerate(task_names[: weights.shape[1]]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import distributed
-from common.checkpoint import load_optimizer_state, load_state_dict_strict, save_tensors, state_dict_hash
+from common.checkpoint import load_optimizer_state, load_state_dict_strict, state_dict_hash
 from common.csv_reader import write_csv
 from common.device import set_seed
 from common.errors import UserError
@@ -40,12 +40,13 @@ EVALUATION_BATCH = 4096  # rows: activations that are still in the cache when th
 def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Iterable[Any],
             criterion: Criterion, device: torch.device | str, polisher: RlLossPolisher | None = None,
             log_interval: int = 100, weighting: TaskWeighting | None = None) -> float:
-    """Train for one epoch; of several processes (`common.distributed`) each computes its shard of every batch.
+    """Train for one epoch; of several processes (`common.distributed`) each computes its own rows of every batch.
 
     Args:
         model: a `layers.MultiTaskModel`, which has `losses` of its own; or any module that predicts (B, T).
         data_loader: gives batches (ids (B, F), numbers (B, N), labels (B, T)): the resident
-            `dataset.loader.TensorLoader`, a torch `DataLoader`, or any other iterable of them.
+            `dataset.loader.TensorLoader`, a torch `DataLoader`, or any other iterable of them. Whole batches are cut
+            among the processes; a `TensorLoader` of so many processes gives each its own rows.
         criterion: predictions and labels (B, T) to losses, (B, T) or their mean (). A loss of torch's that averages,
             `nn.BCELoss()`, is used without its averaging: the mean is the same, and samples can be weighted.
         polisher: gives the sample weights (B, T). Raises ValueError with a criterion of one's own that averages.
@@ -59,53 +60,64 @@ def sltrain(model: nn.Module, optimizer: torch.optim.Optimizer, data_loader: Ite
     model.train()
     criterion, tasks_weighted = _without_mean(criterion), weighting is not None
     weighting = weighting or TaskWeighting()
-    losses_of = getattr(model, "losses", partial(_prediction_losses, model))
+    parallel = distributed.data_parallel(_Losses(model))
+    is_own = getattr(data_loader, "world_size", 1) == distributed.world_size()
     if isinstance(polisher, RlLossPolisher) and polisher.model is None:
         polisher.model = model
-    total, rows, step = torch.zeros((), device=device), 0, 0
+    total, step = torch.zeros((), device=device), 0
+    rows: Tensor | float = 0.0
     last = len(data_loader) if isinstance(data_loader, Sized) else None
     monitor, epoch = NonFiniteMonitor(device, log_interval), getattr(data_loader, "epoch", 1)
     with tqdm(data_loader, "train", unit="batch", leave=False, disable=None) as bar:
         for step, data in enumerate(bar, start=1):
-            (categorical_x, numerical_x, labels), batch_fraction = distributed.shard(_on_device(data, device))
-            batch = categorical_x, numerical_x, labels
-            losses = losses_of(batch, criterion, None if polisher is None else partial(polisher.weights, *batch))
+            own_rows = data if is_own else distributed.shard(data)
+            batch = _on_device(own_rows, device)
+            losses = parallel(batch, criterion, None if polisher is None else partial(polisher.weights, *batch))
+            mean_losses, fraction, batch_rows = distributed.batch_mean(losses, len(batch[2]))
             if tasks_weighted and not losses.ndim:
                 raise ValueError("the criterion averages over the tasks: to weight them, a loss of each is needed: "
                                  "nn.BCELoss(reduction='none')")
-            if nonfinite := monitor.update(step, losses, step == last):
+            if nonfinite := monitor.update(step, mean_losses, step == last):
                 raise _divergence_error(f"task {nonfinite[0]}: loss is NaN/Inf at epoch {epoch}, step {nonfinite[1]}",
                                         model, batch, polisher)
             optimizer.zero_grad()
-            weighting.backward(batch_fraction * losses, model)
-            distributed.all_reduce_gradients(model)
+            weighting.backward(fraction * losses, model)
             optimizer.step()
             weighting.step()
-            total += losses.detach().mean() * len(labels)
-            rows += len(labels)
+            total += mean_losses.mean() * batch_rows
+            rows += batch_rows
             if step % log_interval == 0 or step == last:
-                bar.set_postfix(loss=f"{float(total) / rows:.4f}")
+                bar.set_postfix(loss=f"{float(total / rows):.4f}")
     if not step:
         raise UserError("training: the data loader has no batches")
-    total, count = distributed.all_reduce_sum(
-        torch.stack([total, torch.tensor(rows, dtype=total.dtype, device=total.device)]))
-    mean = float(total / count)
-    if not np.isfinite(mean) or first_nonfinite_tensor({"": model}):
+    mean = float(total / rows)
+    is_bad = torch.tensor(float(not np.isfinite(mean) or bool(first_nonfinite_tensor({"": model}))), device=device)
+    if distributed.all_reduce_sum(is_bad):  # in one process, and all of them end
         raise _divergence_error(f"after epoch {epoch}, step {step}, the mean loss is {mean}", model)
     return mean
 
 
-def _prediction_losses(model: nn.Module, batch: Batch, criterion: Criterion, weights: Weights | None) -> Tensor:
-    """The losses of a module that has none of its own: those of its predictions."""
-    return task_losses(model(*batch[:2]), batch[2], criterion, weights)
+class _Losses(nn.Module):
+    """A model's losses as a forward pass, which `DistributedDataParallel` needs; of a module that has no `losses` those
+    of its predictions."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, criterion: Criterion, weights: Weights | None) -> Tensor:
+        losses = getattr(self.model, "losses", None)
+        if losses is None:
+            return task_losses(self.model(*batch[:2]), batch[2], criterion, weights)
+        return losses(batch, criterion, weights)
 
 
-def _on_device(batch: Sequence[Any], device: torch.device | str) -> list[Tensor]:
+def _on_device(batch: Sequence[Any], device: torch.device | str) -> Batch:
     """Ids, numbers and labels of a batch, which may be arrays, on the device."""
     if len(batch) != 3:
         raise ValueError(f"a batch of {len(batch)} parts: ids (B, F), numbers (B, N) and labels (B, T) are needed")
     ids, numbers, labels = (torch.as_tensor(part).to(device) for part in batch)
-    return [ids, numbers.to(torch.float32), labels.to(torch.float32)]
+    return ids, numbers.to(torch.float32), labels.to(torch.float32)
 
 
 def _without_mean(criterion: Criterion) -> Criterion:
@@ -130,7 +142,8 @@ def _divergence_error(what: str, model: nn.Module, batch: Batch | None = None,
     if not tensor and batch is not None:
         if not torch.isfinite(batch[1]).all():
             tensor = "numerical_x"
-        elif polisher is not None and not torch.isfinite(polisher.weights(*batch)).all():
+        elif (polisher is not None and distributed.world_size() == 1  # those of others may have ended already
+              and not torch.isfinite(polisher.weights(*batch)).all()):
             tensor = "the critics' weights"
     return UserError(f"training diverged: {what} (NaN or infinity in {tensor or 'predictions'}): try a smaller "
                      "--learning_rate; the last good epoch is kept")
@@ -167,10 +180,10 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
     bar: dict[str, Any] = {"leave": leave, "disable": None, **({} if leave else {"desc": "predict", "unit": "batch"})}
     if isinstance(data_loader, TensorLoader):
         unique_rows, inverse = data_loader.unique_rows
-        (unique_rows,), _ = distributed.shard([unique_rows])
         chunks = [model(*(x.to(device) for x in data_loader.take(rows)[:2]))
-                  for rows in tqdm(unique_rows.split(data_loader.batch_size), **bar)]
-        predictions, labels = distributed.all_gather_rows(chunks)[inverse.to(device)], data_loader.tensors[2]
+                  for rows in tqdm(distributed.equal_part(unique_rows).split(data_loader.batch_size), **bar)]
+        predictions = distributed.all_gather_rows(torch.cat(chunks))[inverse.to(device)]
+        labels = data_loader.tensors[2]
     else:
         pairs = [(model(ids, numbers), labels) for ids, numbers, labels in
                  (_on_device(batch, device) for batch in tqdm(data_loader, **bar))]
@@ -210,7 +223,9 @@ def loss_by_weight_decile(model: nn.Module, polisher: RlLossPolisher, split: Ret
     """The samples of a split in ten groups of equal size, by their weight: per task and group the mean weight, the
     model's mean logloss and the fraction of positive labels."""
     loader = evaluation_loader(model, split, device, polisher.window)
-    weights = torch.cat([polisher.sample_weights(*batch) for batch in loader]).double().cpu().numpy()  # (n, T)
+    own = ((batch, polisher.sample_weights(*distributed.shard(batch))) for batch in loader)
+    weights = torch.cat([distributed.all_gather_rows(part)[:len(batch[2])] for batch, part in own]
+                        ).double().cpu().numpy()  # (n, T)
     predictions = np.column_stack(slpred(model, loader, weights.shape[1], device))
     losses = -compute_reward(predictions, split.labels[:, : weights.shape[1]], "bce")
     rows: list[dict[str, float]] = [{} for _ in range(groups)]
@@ -249,7 +264,8 @@ class Training:
         self.trackers = trackers or Trackers("")
         self.task_names = splits.task_names
         window = max(getattr(model, "window", 0), polisher.window if polisher is not None else 0)
-        self.train_loader = TensorLoader(splits.train, batch_size, device, seed=seed, window=window)
+        self.train_loader = TensorLoader(splits.train, batch_size, device, seed=seed, window=window,
+                                         rank=distributed.rank(), world_size=distributed.world_size())
         self.val_loader, self.test_loader = (evaluation_loader(model, split, device)
                                              for split in (splits.val, splits.test))
         self.history: list[dict[str, Any]] = []
@@ -291,7 +307,7 @@ class Training:
         if not self.should_continue or self.epoch >= epochs:
             return False
         self.epoch += 1
-        set_seed(self.seed, self.epoch)
+        set_seed(self.seed, self.epoch, own=True)
         self.train_loader.epoch = self.epoch
         return True
 
@@ -305,7 +321,7 @@ class Training:
               + ", ".join(f"{name} {task.auc:.4f}" for name, task in zip(self.task_names, metrics, strict=True)))
         if self.stopper.best_epoch == self.epoch:
             self.save_model(self.run_dir.model, self.stopper.best_state)
-        save_tensors(self.run_dir.checkpoint, {
+        self.run_dir.save_checkpoint({
             "epoch": self.epoch, "should_continue": self.should_continue, "model": self.model.state_dict(),
             "history": self.history, "optimizer": self.optimizer.state_dict(), "stopper": self.stopper.state_dict(),
             "weighting": self.weighting.state_dict(), **self.saved})

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common import distributed
 from common.checkpoint import get_optim_param
 from common.fileio import atomic_file
 from dataset.vocabulary import Catemapper
@@ -46,7 +47,8 @@ class EarlyStopper:
         self.epoch = self.epoch + 1 if epoch is None else epoch
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_epoch, self.trial_counter = float(accuracy), self.epoch, 0
-            self.best_state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+            self.best_state = {name: (tensor if distributed.is_sharded(tensor) else tensor.cpu()).detach().clone()
+                               for name, tensor in model.state_dict().items()}
             if self.save_path:
                 with atomic_file(Path(self.save_path)) as partial, open(partial, "wb") as file:
                     torch.save(self.best_state, file)

@@ -1,4 +1,4 @@
-"""Two processes on the same batches compute what one process computes, up to rounding."""
+"""Two processes, each on its rows of the same batches, compute what one process computes, up to rounding."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import ENVIRONMENT, REPOSITORY, run_in_process
+from factories import handmade
 
 from common import distributed
-from layers.ops import relu_dropout
+from dataset.loader import TensorLoader
+from slmodels.model_file import load_model
 
 SIZES = ("--embed_dim=8", "--bottom_mlp_dims=32,16", "--tower_mlp_dims=8", "--expert_num=4", "--epoch=2",
          "--device=cpu")
-TRAIN = ("SLmain.py", "--model_name=ple", "--batch_size=333", *SIZES)
-CRITICS = ("RLmain.py", "--actor_name=ple", "--batch_size=101", "--epoch_updates=4", "--init_episode=50", *SIZES)
+TRAIN = ("SLmain.py", "--model_name=ple", "--batch_size=333", "--dropout=0", *SIZES)  # each would draw masks of its own
+CRITICS = ("RLmain.py", "--actor_name=ple", "--batch_size=101", "--epoch_updates=4", "--init_episode=50",
+           "--drop_out=0", *SIZES)
 RUNS = {
     "chkpt/SL/rt_ple/metrics.csv": TRAIN,
     "chkpt/RL/res_TD3BC_ple/metrics.csv": CRITICS,
@@ -33,6 +36,9 @@ ENCODER_RUNS = {
     "chkpt/SL/rt_ple_gru/metrics.csv": (*TRAIN, "--encoder=gru"),
     "chkpt/RL/res_TD3BC_ple_critic_gru/metrics.csv": (*CRITICS, "--critic_encoder=gru"),
 }
+SHARDED = (*TRAIN, "--shard_embeddings", "--save_dir=sharded")
+SHARDED_RUNS = [(*SHARDED, "--pretrain_path=sharded", "--epoch=1"), (*SHARDED, "--pretrain_path=sharded", "--resume"),
+                (*SHARDED, "--polish=1", "--polish_method=shuffled")]
 SHARED = ["pretrain/rt_ple.pt", *(f"chkpt/RL/res_TD3BC_ple/critic{task}.pth" for task in (1, 2))]
 DRIVER = """
 import json, runpy, shutil, sys
@@ -45,6 +51,7 @@ for program, *flags in commands:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         assert "--dataset_name=nowhere" in flags and end.code == 2, end.code
+    print("---")
     distributed.barrier()
     for path in shared:
         if distributed.is_main_process() and Path(path).exists():
@@ -57,8 +64,8 @@ for program, *flags in commands:
                                   pytest.param(ENCODER_RUNS, id="encoders", marks=pytest.mark.stress)])
 def test_two_processes_compute_what_one_computes(runs: dict[str, tuple[str, ...]], rt_tables: Path,
                                                  tmp_path: Path) -> None:
-    """The same metrics, lines and files. Each run starts from the baseline and the critics of the single process. A
-    mistake of the user is printed once."""
+    """The same metrics, lines and files; with tables that the processes share, too, and a model file of whole tables.
+    Each run starts from the baseline and the critics of the single process. A mistake of the user is printed once."""
     one, two = (tmp_path / name for name in ("one", "two"))
     for folder in (one, two):
         shutil.copytree(rt_tables, folder / "dataset" / "rt")
@@ -68,17 +75,25 @@ def test_two_processes_compute_what_one_computes(runs: dict[str, tuple[str, ...]
         assert done.returncode == 0, done.stderr
         printed += done.stdout
     (tmp_path / "driver.py").write_text(DRIVER)
-    commands = [("SLmain.py", "--dataset_name=nowhere", "--device=cpu"), *runs.values()]
+    sharded = SHARDED_RUNS if runs is RUNS else []
+    commands = [("SLmain.py", "--dataset_name=nowhere", "--device=cpu"), *runs.values(), *sharded]
     done = torchrun(two, tmp_path / "driver.py", json.dumps([(str(REPOSITORY / program), *flags)
                                                              for program, *flags in commands]),
                     json.dumps(SHARED), str(one))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("error: dataset/nowhere: no such data set") == 1
-    assert len(done.stdout.splitlines()) == len(printed.splitlines()) > 20
-    names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, two)]
+    lines = "".join(done.stdout.split("---\n")[: 1 + len(runs)]).splitlines()
+    assert len(lines) == len(printed.splitlines()) > 20
+    names = [{str(path.relative_to(folder)) for path in folder.rglob("*") if "sharded" not in path.parts}
+             for folder in (one, two)]
     assert names[0] == names[1], "no partial files of the other process"
     for path in runs:
         assert_same_metrics(read_metrics(one / path), read_metrics(two / path), path)
+    if sharded:
+        for path in list(runs)[::3]:  # the baseline, here in two runs, and the polish run
+            assert_same_metrics(read_metrics(one / path), read_metrics(two / path.replace("chkpt/SL", "sharded")), path)
+        models = [load_model(file).state_dict() for file in (one / "pretrain/rt_ple.pt", two / "sharded/rt_ple.pt")]
+        torch.testing.assert_close(models[1], models[0], rtol=1e-3, atol=1e-5)
 
 
 def assert_same_metrics(expected: list[dict[str, str]], metrics: list[dict[str, str]], path: str) -> None:
@@ -107,39 +122,33 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("width", [64, 7])  # 7: shards begin inside a random word
-def test_shards_make_up_batch_and_dropout(size: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, number = torch.rand(50, width), torch.arange(50)
-    monkeypatch.setattr(distributed, "_first_row", 0)
-    torch.manual_seed(3)
-    whole = relu_dropout(x, 0.4, True)
-    monkeypatch.setattr(distributed, "_world_size", size)
-    numbers, dropped, fractions = [], [], []
-    for rank in range(size):
-        monkeypatch.setattr(distributed, "_rank", rank)
-        (own, rows), fraction = distributed.shard([x, number])
-        torch.manual_seed(3)
-        dropped.append(relu_dropout(own, 0.4, True))
-        numbers.append(rows)
-        fractions.append(fraction)
-    assert torch.equal(torch.cat(numbers), number)
-    assert torch.equal(torch.cat(dropped), whole)
-    assert sum(fractions) == pytest.approx(1)
-
-
-def test_every_process_computes_a_tiny_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_world_size", 4)
-    (x,), fraction = distributed.shard([torch.ones(3)])
-    assert len(x) == 3
-    assert fraction == 0.25
+@pytest.mark.parametrize("rows", [1, 3, 50])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_the_rows_of_all_processes_make_up_the_batches(rows: int, seed: int | None) -> None:
+    whole = list(TensorLoader(handmade([rows]), 7, seed=seed))
+    parts = zip(*(TensorLoader(handmade([rows]), 7, seed=seed, rank=rank, world_size=3) for rank in range(3)),
+                strict=True)
+    for batch, processes in zip(whole, parts, strict=True):
+        for column, shards in zip(batch, zip(*processes, strict=True), strict=True):
+            if len(column) < 3:  # too few to be divided: each process has all of them
+                assert all(torch.equal(shard, column) for shard in shards)
+            else:
+                assert torch.equal(torch.cat(shards), column)
 
 
 def test_in_a_single_process_everything_is_the_identity() -> None:
     assert "RANK" not in os.environ
-    x = torch.rand(5, 2)
+    x, network = torch.rand(5, 2), torch.nn.Linear(2, 2)
     assert torch.equal(distributed.all_reduce_sum(x), x)
-    assert torch.equal(distributed.all_gather_rows([x[:2], x[2:]]), x)
-    (own,), fraction = distributed.shard([x])
-    assert torch.equal(own, x)
-    assert fraction == 1
+    assert torch.equal(distributed.all_gather_rows(x), x)
+    assert torch.equal(distributed.shard([x])[0], x)
+    assert torch.equal(distributed.equal_part(x), x)
+    assert torch.equal(distributed.from_main(x), x)
+    assert distributed.batch_mean(x[0], 5)[1:] == (1, 5)
+    assert distributed.data_parallel(network) is network
+
+
+def test_one_process_shards_nothing(tables: Path) -> None:
+    done = run_in_process(tables.parent.parent, "SLmain.py", "--shard_embeddings", "--device=cpu")
+    assert done.returncode == 2
+    assert "torchrun --nproc_per_node=2" in done.stderr

@@ -130,5 +130,5 @@ def test_it_learns(rt_tables: Path) -> None:
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_world_size", 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert "one process" in user_error_message(lambda: get_model("metaheac", [3], 1, 2, 2, 4))

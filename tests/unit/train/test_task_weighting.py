@@ -105,5 +105,5 @@ def test_a_missing_package_is_named_with_the_command(here: Path, monkeypatch: py
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "_world_size", 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     assert "one process" in user_error_message(lambda: make_task_weighting("uncertainty", 2, 0.1, "cpu"))
