@@ -22,6 +22,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
 
 import gymnasium as gym
+import numpy as np
 import torch
 
 from agents import AGENTS, DDPG_ESMM
@@ -32,18 +33,18 @@ from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from common.run_dir import network_names, network_path
 from dataset.rtrl import RetailRocketRLDataset, Splits
+from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, expected_return
 from dataset.vocabulary import encode_splits
 from env import MTEnv, RewardType, compute_reward
-from layers.sequence import make_critic
 from train.Arguments import RLArguments, parse
-from train.memory_estimate import check_agent, network_size
-from train.offline_rl import discounted_returns, rank_correlation
-from train.run import get_dataset, get_model, test, train_and_test_offline
+from train.offline_rl import discounted_returns, rank_correlation, rows_of, sample_sessions
+from train.run import get_dataset, test, train_and_test_offline
 from train.tracking import Trackers
 from train.utils import ActionNormalizer, ConvergeStopper
 
 UNIFORM_SESSIONS = 10_000  # of uniform actions, unless --init_episode says otherwise or the log is small
+REPORTED_ROWS = 32_768  # whose true expected return is simulated
 
 
 def create_sub_agent(env: gym.Env[Any, Any], actor_name: str, agentcls: type[DDPG_ESMM], hyparams: Any) -> DDPG_ESMM:
@@ -105,7 +106,6 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
         env = MTEnv(split, cast(RewardType, settings.reward_type), is_test, settings.state_context > 0, settings.window)
         return ActionNormalizer(env) if settings.action_normalizer else env
 
-    check_fits_in_memory(settings, splits, device)
     set_seed(settings.seed)
     agent = create_sub_agent(environment(splits.train), settings.actor_name, AGENTS[settings.agent],
                              SimpleNamespace(**{**vars(settings), "device": device}))
@@ -129,37 +129,25 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     return agent
 
 
-def check_fits_in_memory(settings: RLArguments, splits: Splits, device: torch.device) -> None:
-    """Raise UserError where the agent would not fit into memory, before it is allocated."""
-    field_dims, numerical_num = splits.train.field_dims, splits.train.numerical_num
-    widths, task_num = (settings.bottom_mlp_dims, settings.tower_mlp_dims), len(splits.task_names)
-    actor = network_size(lambda: get_model(
-        settings.actor_name, field_dims, numerical_num, task_num, settings.expert_num, settings.embed_dim,
-        encoder=settings.encoder, window=settings.window, bottom_mlp_dims=widths[0], tower_mlp_dims=widths[1],
-        given=splits.given), field_dims, settings.embed_dim)
-    critic = network_size(lambda: make_critic(settings.resolved_critic_encoder, settings.window, field_dims,
-                                              numerical_num, settings.embed_dim, *widths),
-                          field_dims, settings.embed_dim)
-    val_rows = len(splits.val) if splits.val.ground_truth is not None and settings.reward_type == "bce" else 0
-    state = (len(field_dims) + numerical_num) * max(1, settings.state_context)
-    transition_bytes = 4 * (2 * state + 3 * task_num + 1)
-    check_agent(actor, critic, task_num, settings.batch_size, settings.memory_size, transition_bytes, val_rows, device)
-
-
 def print_critic_report(splits: Splits, reward_type: str, agent: DDPG_ESMM, last: Mapping[str, Any]) -> None:
     """Print how good the critics are on validation sessions, and what is possible where the truth is known."""
-    ground_truth, oracle, expected = splits.val.ground_truth, splits.val.oracle_probabilities, None
-    if ground_truth is not None and oracle is not None and reward_type == "bce":
+    val, expected, of_sample = splits.val, None, ""
+    if val.ground_truth is not None and reward_type == "bce":
         simulation = config_from_manifest(splits.manifest["simulation"], Path("manifest.json"))
+        episodes = sample_sessions(val.sessions, REPORTED_ROWS, agent.seed, 9)
+        rows = rows_of(val.sessions, episodes)
+        of_sample = f", of {len(rows):,} rows" if episodes is not None else ""
+        ground_truth = val.ground_truth.iloc[rows]
         expected = expected_return(simulation, ground_truth, agent.gamma)
-        observed = discounted_returns(compute_reward(oracle, splits.val.labels, "bce"), splits.val.sessions,
+        oracle = ground_truth[["p_click", "p_pay"]].to_numpy(np.float64)[:, : agent.task_num]
+        observed = discounted_returns(compute_reward(oracle, val.labels[rows], "bce"), SessionIndex(val.session[rows]),
                                       agent.gamma)
     for task in range(agent.task_num):
         line = (f"critic {task + 1} ({splits.task_names[task]}): held-out TD error {last[f'td_error_{task}']:.4f}, "
                 f"rank correlation of Q with the return {last[f'rank_correlation_{task}']:.3f}")
         if expected is not None:
             oracle_correlation = rank_correlation(expected[:, task], observed[:, task])
-            line += f" (ideal predictions and their true expected return: {oracle_correlation:.3f})"
+            line += f" (ideal predictions and their true expected return: {oracle_correlation:.3f}{of_sample})"
         print(line + f", zero outputs {last[f'zero_fraction_{task}']:.1%}")
 
 

@@ -36,7 +36,6 @@ from dataset.vocabulary import Catemapper, encode_splits
 from layers import set_embedding_dropout, standardize
 from slmodels.model_file import keep_previous, save_model
 from train.Arguments import SLArguments, parse
-from train.memory_estimate import check_training, network_size
 from train.metrics import Metrics, compute_metrics, task_metrics
 from train.polish import RlLossPolisher, comparison_table, find_critics, make_polisher
 from train.run import get_dataset, get_model, slpred, sltest, sltrain
@@ -146,19 +145,12 @@ def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
 
 
 def init_model(settings: SLArguments, splits: Splits, device: torch.device) -> nn.Module:
-    """The untrained model of the settings; the same seed gives the same weights. Raises UserError where its training
-    would not fit into memory."""
-    field_dims = splits.train.field_dims
-    build = partial(get_model, settings.model_name, field_dims, splits.train.numerical_num, len(splits.task_names),
-                    settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator_weight,
-                    settings.encoder, settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims, splits.given)
-    size, rows = network_size(build, field_dims, settings.embed_dim), min(settings.batch_size, len(splits.train))
-    if settings.shard_embeddings:
-        table = size.table * size.embed_dim
-        size = size._replace(parameters=size.parameters - table + table // distributed.world_size())
-    check_training(size, settings.model_name, rows, device)
+    """The untrained model of the settings; the same seed gives the same weights."""
     set_seed(settings.seed)
-    model = build()
+    model = get_model(settings.model_name, splits.train.field_dims, splits.train.numerical_num, len(splits.task_names),
+                      settings.expert_num, settings.embed_dim, settings.dropout, settings.calibrator_weight,
+                      settings.encoder, settings.window, settings.bottom_mlp_dims, settings.tower_mlp_dims,
+                      splits.given)
     standardize(model, torch.from_numpy(splits.train.numerical))
     set_embedding_dropout(model, settings.embed_dropout)
     return model.to(device)

@@ -50,7 +50,10 @@ def check_actions(actions: Any, shape: tuple[int, ...]) -> Floats:
 
 
 class SessionTable:
-    """A mapped data set as states in rows, with its index of sessions. Shared by the environments over it."""
+    """A mapped data set as states in rows, with its index of sessions. Shared by the environments over it.
+
+    States are made of the data set's arrays when they are observed: no array of all rows is copied.
+    """
 
     def __init__(self, dataset: RetailRocketRLDataset, reward_type: RewardType, is_seq: bool, window: int) -> None:
         if reward_type not in ("bce", "norm"):
@@ -60,7 +63,7 @@ class SessionTable:
         if max(self.field_dims, default=0) > MAX_IDS:
             raise UserError(f"a field has {max(self.field_dims):,} ids: states hold them as float32, which is exact up "
                             f"to {MAX_IDS:,}: name it in the manifest's 'long_tailed', or lower --feature_map_rate")
-        self.states: Floats = np.hstack([dataset.categorical, dataset.numerical]).astype(np.float32)  # (n, F + N)
+        self.categorical, self.numerical = dataset.categorical, dataset.numerical
         self.labels, self.session, self.user = dataset.labels, dataset.session, dataset.user
         self.index = dataset.sessions
         self.reward_type, self.is_seq, self.window = reward_type, is_seq, window
@@ -80,11 +83,31 @@ class SessionTable:
         """The observations at `rows` (E,): (E, F + N), or with is_seq the last `window` impressions of the session so
         far (E, window, F + N), the present one last; places before the session's start have ids of -1."""
         if not self.is_seq:
-            return self.states[rows]
+            return self._states(rows)
         index, padding = window_rows(rows, self.index.row_start, self.window)
-        window = self.states[index]
+        window = self._states(index)
         window[padding] = np.append(np.full(len(self.field_dims), -1.0), np.zeros(self.numerical_num))
         return window
+
+    def outcomes(self, rows: Any) -> Floats:
+        """The labels of `rows`, (T,) of a number or (E, T) of an array, a copy."""
+        return np.array(self.labels[rows], np.float32)
+
+    @property
+    def states(self) -> Floats:
+        """The states of all rows (n, F + N), which are made anew at each access."""
+        return self._states(np.arange(len(self)))
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.session)
+
+    def _states(self, rows: NDArray[np.int64]) -> Floats:
+        """Ids and numbers of rows (...): (..., F + N)."""
+        states = np.empty((*rows.shape, len(self.field_dims) + self.numerical_num), np.float32)
+        states[..., :len(self.field_dims)] = self.categorical[rows]
+        states[..., len(self.field_dims):] = self.numerical[rows]
+        return states
 
 
 class MTEnv(gym.Env[Floats, Floats]):
@@ -133,7 +156,7 @@ class MTEnv(gym.Env[Floats, Floats]):
         observation is returned again.
         """
         assert self.row >= 0, "call reset first"
-        label = self.sessions.labels[self.row].copy()
+        label = self.sessions.outcomes(self.row)
         action = check_actions(action, label.shape).copy()
         reward = compute_reward(action, label, self.sessions.reward_type)
         info = {"label": label, "action": action, "session": int(self.sessions.session[self.row])}
@@ -237,7 +260,7 @@ class MTVectorEnv(gym.vector.VectorEnv):
     def step(self, actions: Floats) -> tuple[Floats, Floats, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """One step of every lane: observations (E, ...), rewards (E, T), terminations and truncations (E,), infos."""
         rows, episode, ends = self.row, self.episode, self.sessions.index.ends
-        labels = self.sessions.labels[rows]
+        labels = self.sessions.outcomes(rows)
         actions = check_actions(actions, labels.shape)
         rewards = compute_reward(actions, labels, self.sessions.reward_type)
         done = rows == ends[self.episodes[episode % len(self.episodes)]]
@@ -262,7 +285,7 @@ def cli() -> None:
     splits = load_splits(Path("dataset/rt"))
     env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)
-    print(f"{env.num_sessions:,} sessions, {len(env.sessions.states):,} impressions; a state is {fields} ids "
+    print(f"{env.num_sessions:,} sessions, {len(env.sessions):,} impressions; a state is {fields} ids "
           f"and {env.sessions.numerical_num} numbers; here every action is the base rate of each task")
     action, labels = env.sessions.labels.mean(axis=0), ", ".join(task["label"] for task in splits.manifest["tasks"])
     state, info = env.reset(seed=0)

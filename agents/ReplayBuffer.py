@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
-from common.fileio import append_checksum, atomic_file, open_verified
+from common.fileio import append_checksum, atomic_file, open_verified, require_free_memory
 
 Floats = NDArray[np.float32]
 Transition = dict[str, NDArray[Any]]
 VERSION = 2
+BLOCK_ROWS = 16_384  # that are read from a file at once
 HINT = "run RLmain.py with --refill to fill a new one"
 
 
 class ReplayBuffer:
-    """A ring buffer of the last `size` transitions.
+    """A ring buffer of the last `size` transitions, in memory once.
 
     Args:
         state_dim: S, length of a state.
@@ -37,8 +38,10 @@ class ReplayBuffer:
     def __init__(self, state_dim: int, action_dim: int, size: int, batch_size: int, seed: int = 0) -> None:
         widths = {"state": state_dim, "action": action_dim, "next_state": state_dim, "reward": action_dim,
                   "label": action_dim}
+        width = sum(widths.values()) + 1
+        require_free_memory(4 * size * width, f"a replay buffer of {size:,} transitions of {4 * width} bytes")
         # One row a transition, so that a batch is one gather; `data` names its columns.
-        self.storage: Floats = np.zeros((size, sum(widths.values()) + 1), np.float32)
+        self.storage: Floats = np.zeros((size, width), np.float32)
         ends = np.cumsum(list(widths.values()))
         self.slices = {name: slice(end - width, end) for (name, width), end in zip(widths.items(), ends, strict=True)}
         self.data = self._split_columns(self.storage)
@@ -115,42 +118,54 @@ class ReplayBuffer:
             append_checksum(partial)
 
     def load(self, path: str | Path, metadata: Mapping[str, Any]) -> None:
-        """Read what `save` wrote. Raises UserError where it is damaged or has other metadata."""
+        """Read what `save` wrote, block by block. Raises UserError where it is damaged or has other metadata."""
         path = Path(path)
         with open_verified(path, HINT) as file, zipfile.ZipFile(file) as archive:
             try:
-                saved = json.loads(_read_npy_member(archive, "identity", np.dtype(np.uint8)).tobytes())
-                stored = {name: _read_npy_member(archive, name, np.dtype(np.float32)) for name in self.data}
+                with _open_npy_member(archive, "identity", np.uint8) as (member, _):
+                    saved = json.loads(member.read())
+                with _open_npy_member(archive, "done", np.float32) as (_, shape):
+                    (count,) = shape
+                ptr = self._check_metadata(path, saved if isinstance(saved, dict) else {}, metadata, count)
+                self.clear()
+                for name, values in self.data.items():
+                    with _open_npy_member(archive, name, np.float32) as (member, shape):
+                        is_valid = shape == (count, *values.shape[1:])
+                        for start in range(0, count if is_valid else 0, BLOCK_ROWS):
+                            rows = values[start:min(count, start + BLOCK_ROWS)]
+                            rows[:] = np.frombuffer(member.read(4 * rows.size), np.float32).reshape(rows.shape)
+                            is_valid &= bool(np.isfinite(rows).all())
+                    if not is_valid:
+                        raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {HINT}")
             except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 reason = type(error).__name__
                 raise UserError(f"{path}: not a replay buffer that can be read ({reason}): {HINT}") from error
-        saved = saved if isinstance(saved, dict) else {}
+        self.size, self.ptr = count, ptr % self.max_size
+        self.total_added += count
+
+    def _check_metadata(self, path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], count: int) -> int:
+        """The place of the next transition. Raises UserError where a file of `count` transitions does not fit."""
         for name, value in {"version": VERSION, **metadata}.items():
             if saved.get(name) != value:
                 what = "data set" if name == "data" else name.replace("_", " ")
                 raise UserError(f"{path}: replay buffer metadata mismatch: its {what} is {saved.get(name)}, not {value}"
                                 f": {HINT}, or keep both: --memory_path=FILE")
-        count, ptr = stored["done"].size, saved.get("next")
-        for name, values in stored.items():
-            if values.shape != (count, *self.data[name].shape[1:]) or not np.isfinite(values).all():
-                raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {HINT}")
+        ptr = saved.get("next")
         if not 0 < count <= self.max_size or not isinstance(ptr, int) or not 0 <= ptr <= count:
             raise UserError(f"{path}: {count} transitions, the next one at {ptr!r}, but the buffer holds 1 to "
                             f"{self.max_size}: {HINT}")
-        for name, values in stored.items():
-            self.data[name][:count] = values
-        self.size, self.ptr = count, ptr % self.max_size
-        self.total_added += count
+        return ptr
 
 
-def _read_npy_member(archive: zipfile.ZipFile, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Read an array of a `.npz`. Raises ValueError where it is of another type, or other than its header says: numpy
-    would allocate what the header announces first."""
-    raw = archive.read(f"{name}.npy")
-    stream = io.BytesIO(raw)
-    if np.lib.format.read_magic(stream) != (1, 0):
-        raise ValueError(f"{name}: not an array as they are written here")
-    shape, by_column, stored = np.lib.format.read_array_header_1_0(stream)
-    if stored != dtype or by_column:
-        raise ValueError(f"{name}: an array of {stored}")
-    return np.frombuffer(raw, dtype, offset=stream.tell()).reshape(shape)
+@contextmanager
+def _open_npy_member(archive: zipfile.ZipFile, name: str,
+                     dtype: type[np.generic]) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """Open an array of a `.npz` behind its header, which is not trusted; yield its shape, too. Raises ValueError where
+    it is of another type."""
+    with archive.open(f"{name}.npy") as member:
+        if np.lib.format.read_magic(member) != (1, 0):
+            raise ValueError(f"{name}: not an array as they are written here")
+        shape, by_column, stored = np.lib.format.read_array_header_1_0(member)
+        if stored != dtype or by_column:
+            raise ValueError(f"{name}: an array of {stored}")
+        yield member, shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import reprlib
@@ -14,6 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common import distributed
+from common.memory import limited_memory
+
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc",
+                 "Cannot allocate memory", "can't start new thread", "failed to map segment from shared object")
 
 
 class UserError(Exception):
@@ -44,7 +49,8 @@ def cli_entry_point(main: Callable[[], None], resumable: bool = False) -> Callab
             if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # SIG_IGN stays
                 signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
-            main()
+            with limited_memory():
+                main()
             sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             if (interrupt := _root_interrupt(error)) is not None:
@@ -53,9 +59,10 @@ def cli_entry_point(main: Callable[[], None], resumable: bool = False) -> Callab
                                    143 if isinstance(interrupt, Terminated) else 130)
             if isinstance(error, UserError):
                 _exit_with_message(f"error: {error}", 2)
-            if isinstance(error, MemoryError):
-                _exit_with_message(f"error: out of memory ({error or 'allocation failed'}): use fewer rows, a smaller "
-                                   "batch or a smaller model", 2)
+            if _is_out_of_memory(error):
+                reason = truncate(f"{error}".partition("\n")[0] or "allocation failed", 200)
+                _exit_with_message(f"error: out of memory ({reason}): use fewer rows, a smaller batch or a smaller "
+                                   "model", 2)
             if isinstance(error, OSError):
                 _exit_with_message(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
             raise
@@ -84,6 +91,13 @@ def _root_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error
+
+
+def _is_out_of_memory(error: Exception | KeyboardInterrupt) -> bool:
+    """Whether an allocation failed: in Python, numpy, torch (CPU and CUDA), DuckDB, a C++ library, the system."""
+    return (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "OutOfMemoryException")
+            or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+            or any(text in str(error) for text in OUT_OF_MEMORY))
 
 
 def _on_sigterm(_number: int, _frame: object) -> None:

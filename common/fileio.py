@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 import zipfile
@@ -24,10 +23,10 @@ from filelock import FileLock, Timeout
 
 from common import distributed
 from common.errors import UserError, command_line, truncate
+from common.memory import available_memory
 
 CHECKSUM_PREFIX = b"sha256:"
 CHECKSUM_LENGTH = len(CHECKSUM_PREFIX) + 64
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
 
 
 @contextmanager
@@ -261,20 +260,7 @@ def sha256(path: Path) -> str:
 def require_free_memory(needed: float, description: str, free: float | None = None) -> None:
     """Raise UserError if fewer than `needed` bytes are free (`free`; None: of the system's memory): a run fails at its
     start, it is not killed halfway."""
-    free = _available_memory() if free is None else free
+    free = available_memory() if free is None else free
     if needed > free:
         raise UserError(f"{description}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB "
                         "are free: use fewer rows, a smaller model, or a machine with more memory")
-
-
-def _available_memory() -> float:
-    """Free bytes of the system and of this process's control group; infinity if unknown."""
-    free = float("inf")
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        (line,) = re.findall(r"MemAvailable:\s+(\d+) kB", (PROC / "meminfo").read_text())
-        free = int(line) * 1024.0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        limit, used = (int((CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        (cached,) = re.findall(r"^file (\d+)$", (CGROUP / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, float(limit - used + int(cached)))
-    return free

@@ -23,7 +23,7 @@ item are sums over its property values; an item that is unavailable that week is
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from common.csv_reader import ColumnType, cell_location, read_table
 from common.errors import UserError, cli_entry_point
-from common.fileio import atomic_folder, check_writable, exclusive_lock, require_free_memory, write_json
+from common.fileio import atomic_folder, check_writable, exclusive_lock, write_json
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -68,8 +68,10 @@ UNAVAILABLE = -2.5  # added to the purchase logit if available is 0
 GROUND_TRUTH_SCHEMA: dict[str, ColumnType] = {
     "timestamp": "id", "visitorid": "id", "itemid": "id", "p_click": "number", "p_pay": "number", "intent": "number",
     "mood": "number", "category": "id", "position": "id"}
-# Bytes, upper bounds: 310 per event and 116 per property row were measured; an item has a state for each week.
-MEMORY_PER_ROW = {"events": 350, "property_rows": 130, "items": 400}
+# Made at once, so that memory is bounded: 310 bytes an event, 116 a property row, 260 a rollout. Logs of a block each
+# are the same whatever the size of a block.
+EVENTS_PER_BLOCK = PROPERTY_ROWS_PER_BLOCK = 3_000_000
+ROLLOUTS_PER_BLOCK = 2**21
 UNUSED_PROPERTIES = ("790", "888", "283", "6", "202", "159", "112", "678")
 
 
@@ -215,19 +217,27 @@ def simulate(out_dir: Path, config: SimulationConfig) -> None:
         if out_dir.exists():
             raise UserError(f"{out_dir} exists already: choose another --out, or remove it first")
         check_writable(out_dir.parent)
-        require_free_memory(sum(getattr(config, name) * num_bytes for name, num_bytes in MEMORY_PER_ROW.items()),
-                            f"a simulated log of {config.events:,} events and {config.property_rows:,} property rows")
         shop = ShopSimulator(config)
         with atomic_folder(out_dir) as folder:
-            events, ground_truth = _simulate_events(shop)
-            events.to_csv(folder / "events.csv", index=False)
-            ground_truth.to_csv(folder / "truth.csv", index=False)
-            properties = _simulate_properties(shop)
-            half = (len(properties) + 1) // 2
-            properties[:half].to_csv(folder / "item_properties_part1.csv", index=False)
-            properties[half:].to_csv(folder / "item_properties_part2.csv", index=False)
+            for events, ground_truth in _simulate_events(shop):
+                _append_csv(folder / "events.csv", events)
+                _append_csv(folder / "truth.csv", ground_truth)
+            for properties in _simulate_properties(shop):
+                half = (len(properties) + 1) // 2
+                _append_csv(folder / "item_properties_part1.csv", properties[:half])
+                _append_csv(folder / "item_properties_part2.csv", properties[half:])
             _category_tree(shop).to_csv(folder / "category_tree.csv", index=False)
             write_json(folder / "simulation.json", {"simulated": True, **asdict(config)})
+
+
+def _append_csv(path: Path, rows: pd.DataFrame) -> None:
+    rows.to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def _block_sizes(count: int, block: int) -> list[int]:
+    """`count` in parts of nearly the same size, at most `block` each; one part at least."""
+    parts = max(1, -(-count // block))
+    return [count // parts + (part < count % parts) for part in range(parts)]
 
 
 def config_from_manifest(simulation: Any, path: Path) -> SimulationConfig:
@@ -274,6 +284,15 @@ def expected_return(config: SimulationConfig, ground_truth: pd.DataFrame, gamma:
     unknown = ground_truth["itemid"].to_numpy()[item_index < 0]
     if len(unknown):
         raise UserError(f"truth.csv: unknown item {unknown[0]}: it is not in the simulated catalogue")
+    parts = max(1, -(-len(ground_truth) * rollouts // ROLLOUTS_PER_BLOCK))
+    blocks = np.array_split(np.arange(len(ground_truth)), parts)
+    return np.concatenate([_mean_returns(shop, rng, ground_truth.iloc[block], item_index[block], gamma, rollouts)
+                           for block in blocks])
+
+
+def _mean_returns(shop: ShopSimulator, rng: np.random.Generator, ground_truth: pd.DataFrame, item_index: Ints,
+                  gamma: float, rollouts: int) -> Floats:
+    """`expected_return` of rows (n,) whose items are `item_index` (n,): (n, 2)."""
     rows = np.tile(np.arange(len(ground_truth)), rollouts)
     start = {name: ground_truth[name].to_numpy()[rows]
              for name in ("category", "mood", "intent", "position", "timestamp")}
@@ -298,10 +317,24 @@ def expected_return(config: SimulationConfig, ground_truth: pd.DataFrame, gamma:
     return np.where(counts.any(axis=0), mean_of_counted, rollout_returns.mean(axis=0))
 
 
-def _simulate_events(shop: ShopSimulator) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The events of all visitors, and the ground truth of each first impression of an item."""
+def _simulate_events(shop: ShopSimulator) -> Iterator[tuple[pd.DataFrame, pd.DataFrame]]:
+    """The events of all visitors, block by block, and the ground truth of each first impression of an item."""
     rng = np.random.default_rng([shop.config.seed, 2])
-    visitors = shop.sample_visitors(rng, max(2, round(shop.config.events / EVENTS_PER_VISITOR)))
+    num_visitors = max(2, round(shop.config.events / EVENTS_PER_VISITOR))
+    first_visitor, first_transaction = 0, 0
+    for count in _block_sizes(num_visitors, round(EVENTS_PER_BLOCK / EVENTS_PER_VISITOR)):
+        visitors = shop.sample_visitors(rng, count)
+        visitors.ids += first_visitor
+        events, ground_truth = _events_of(shop, rng, visitors, first_transaction)
+        first_visitor += count
+        first_transaction += int(events["event"].eq("transaction").sum())
+        yield events, ground_truth
+        del events, ground_truth
+
+
+def _events_of(shop: ShopSimulator, rng: np.random.Generator, visitors: VisitorState,
+               first_transaction: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All events of these visitors, and the ground truth, by visitor and time."""
     event_tables: list[pd.DataFrame] = []
     truth_tables: list[pd.DataFrame] = []
     while len(visitors.ids):
@@ -327,7 +360,8 @@ def _simulate_events(shop: ShopSimulator) -> tuple[pd.DataFrame, pd.DataFrame]:
     events = pd.concat(event_tables, ignore_index=True)
     is_purchase = events["event"].eq("transaction").to_numpy()
     events["transactionid"] = ""
-    events.loc[is_purchase, "transactionid"] = rng.permutation(int(is_purchase.sum())).astype(str)
+    transactions = first_transaction + rng.permutation(int(is_purchase.sum()))
+    events.loc[is_purchase, "transactionid"] = transactions.astype(str)
     # By visitor, as in the published file: not by time.
     events = events.iloc[np.lexsort((events["itemid"], events["timestamp"], events["visitorid"]))]
     ground_truth = pd.concat(truth_tables, ignore_index=True)
@@ -343,8 +377,9 @@ def _event_rows(event: str, time_ms: Floats, visitors: Ints, items: Ints,
     return rows if mask is None else rows[mask]
 
 
-def _simulate_properties(shop: ShopSimulator) -> pd.DataFrame:
-    """Weekly snapshots: constant properties once, availability when it changes, unused properties up to the size."""
+def _simulate_properties(shop: ShopSimulator) -> Iterator[pd.DataFrame]:
+    """Weekly snapshots: constant properties once, availability when it changes, unused properties up to the size.
+    Block by block, each with its fraction of the used properties."""
     rng = np.random.default_rng([shop.config.seed, 3])
     described = np.flatnonzero(shop.has_properties)
     tables: list[pd.DataFrame] = []
@@ -364,20 +399,27 @@ def _simulate_properties(shop: ShopSimulator) -> pd.DataFrame:
         # A few values are written again, unchanged, in a later week.
         rewritten = items[rng.random(len(items)) < 0.05]
         tables.append(_property_rows(shop, name, int(rng.integers(1, WEEKS)), rewritten, texts[values[rewritten]]))
-    count = max(0, shop.config.property_rows - sum(map(len, tables)))
+    used = pd.concat(tables, ignore_index=True)
+    sizes = _block_sizes(max(len(used), shop.config.property_rows), PROPERTY_ROWS_PER_BLOCK)
+    for block, size in enumerate(sizes):
+        part = used[block::len(sizes)]
+        rows = pd.concat([part, _unused_properties(shop, rng, max(0, size - len(part)))], ignore_index=True)
+        yield rows.iloc[rng.permutation(len(rows))]
+
+
+def _unused_properties(shop: ShopSimulator, rng: np.random.Generator, count: int) -> pd.DataFrame:
+    described = np.flatnonzero(shop.has_properties)
     items = described[rng.integers(0, len(described), count)]
     tokens = rng.integers(1, 1_400_000, (2, 50_000))
     prices = rng.integers(1, 10**6, 50_000)
     texts = np.array([f"{a} {b}" if k % 3 else f"n{p}.000 {a}" for k, (a, b, p) in
                       enumerate(zip(*tokens, prices, strict=True))], dtype=object)
-    tables.append(pd.DataFrame({
+    return pd.DataFrame({
         "timestamp": START_MS + WEEK_MS * rng.integers(0, WEEKS, count),
         "itemid": shop.item_ids[items],
         "property": np.array(UNUSED_PROPERTIES, dtype=object)[rng.integers(0, len(UNUSED_PROPERTIES), count)],
         "value": texts[rng.integers(0, len(texts), count)],
-    }))
-    rows = pd.concat(tables, ignore_index=True)
-    return rows.iloc[rng.permutation(len(rows))]
+    })
 
 
 def _property_rows(shop: ShopSimulator, name: str, week: int, items: Ints, values: NDArray[Any]) -> pd.DataFrame:

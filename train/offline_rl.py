@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +45,7 @@ MAX_ZERO_FRACTION, MIN_Q_STD = 0.99, 1e-6  # beyond these a critic has collapsed
 MAX_RESETS = 2  # of each critic
 MIN_RANK_CORRELATION = 0.05  # of Q with the return; below it, critics rank held-out states no better than chance
 EVALUATION_ROWS = 16_384  # states in one forward pass
+EVALUATED_ROWS = 500_000  # of held-out sessions, at most, after each epoch
 
 
 def one_iter_offline(agent: DDPG_ESMM) -> int:
@@ -132,7 +134,8 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
     compares.
 
     Args:
-        environment: held-out sessions, on which the critics are evaluated after every epoch.
+        environment: held-out sessions, on which the critics are evaluated after every epoch; a sample of them where
+            they have more than `EVALUATED_ROWS` rows.
         agent: learns from the sessions of its own environment.
         epoch: epochs at most, of `epoch_updates` updates each.
         init_episode: sessions of uniform actions, before the pass of the pretrained actor with noise.
@@ -175,13 +178,17 @@ def train_and_test_offline(environment: gym.Env[Any, Any], agent: DDPG_ESMM, epo
     trackers.start(run_dir, settings or {})
     for row in history:
         trackers.log_row(row)
+    index = _index_of(environment)
+    held_out = None if index is None else sample_sessions(index, EVALUATED_ROWS, seed, 8)
+    if index is not None and held_out is not None:
+        print(f"held-out metrics are of {len(held_out):,} of {len(index.starts):,} sessions, drawn at random")
     for number in range(first_epoch, epoch + 1):
         if not should_continue:
             break
         set_seed(seed, number, own=True)
         agent.memory.reseed(seed, number)
         losses = _train_epoch(agent, epoch_updates)
-        metrics = evaluate_critics(environment, agent)
+        metrics = evaluate_critics(environment, agent, held_out)
         _require_bounded_q(environment, agent, number, {**losses, **metrics})
         history.append({"epoch": number, **losses, **metrics})
         resets_left = 0 if number == epoch else MAX_RESETS * agent.task_num - num_resets
@@ -255,18 +262,44 @@ def _fill_replay_buffer(agent: DDPG_ESMM, init_episode: int, path: Path, seed: i
         agent.memory.clear()
     rng = np.random.default_rng([seed, 0])
     num_sessions = getattr(agent.env.unwrapped, "num_sessions", EPISODES)
-    sessions = np.resize(rng.permutation(num_sessions), init_episode)
+    order = rng.permutation(num_sessions)
+    sessions, logged = np.resize(order, init_episode), None
+    index = _index_of(agent.env)
+    size = agent.memory.max_size
+    if index is not None and index.lengths[sessions].sum() + index.lengths.sum() > size:
+        sessions = _take_sessions(index, sessions, size // 3)
+        logged = _take_sessions(index, order, max(1, size - int(index.lengths[sessions].sum())))
 
     def uniform(state: Floats) -> Floats:
         return to_action_space(agent.env, rng.random((len(state), agent.task_num), np.float32))
 
     with exclusive_lock(path):
-        if init_episode:
+        if len(sessions):
             collect_transitions(agent, uniform, sessions)
-        one_iter_offline(agent)
+        collect_transitions(agent, agent.select_action, logged)
         agent.memory.save(path, metadata)
-    print(f"{path}: filled with {len(agent.memory):,} transitions: {init_episode:,} sessions of uniform actions, and "
-          f"all {num_sessions:,} of the pretrained actor with noise")
+    whole = "all" if logged is None else f"{len(logged):,}, drawn at random, of"
+    print(f"{path}: filled with {len(agent.memory):,} transitions: {len(sessions):,} sessions of uniform actions, and "
+          f"{whole} {num_sessions:,} of the pretrained actor with noise")
+
+
+def _index_of(environment: gym.Env[Any, Any]) -> SessionIndex | None:
+    """The sessions of an `MTEnv`, plain or in wrappers; None of another environment, whose lengths are unknown."""
+    inner = environment.unwrapped
+    return inner.sessions.index if type(inner) is MTEnv else None
+
+
+def sample_sessions(index: SessionIndex, rows: int, *seed: int) -> NDArray[np.int64] | None:
+    """Sessions drawn uniformly, at least so many rows; a function of the seed. None where the log has no more rows."""
+    if index.ends[-1] < rows:
+        return None
+    return _take_sessions(index, np.random.default_rng(seed).permutation(len(index.starts)), rows)
+
+
+def _take_sessions(index: SessionIndex, order: NDArray[np.int64], rows: int) -> NDArray[np.int64]:
+    """The first sessions of `order` until they have so many rows together, in the order of the log."""
+    lengths = index.lengths[order]
+    return np.sort(order[np.cumsum(lengths) - lengths < rows])
 
 
 def _train_epoch(agent: DDPG_ESMM, updates: int) -> dict[str, float]:
@@ -340,31 +373,56 @@ class Rollout(NamedTuple):
         return float(self.reward.sum() / len(self.sessions.starts))
 
 
-def rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Rollout:
-    """The actor, without noise, in all sessions of an environment. Those of an `MTEnv`, where the next state is the
-    same whatever the action, are not stepped through but looked up."""
+def rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM, episodes: NDArray[np.int64] | None = None) -> Rollout:
+    """The actor, without noise, in the sessions `episodes` (default: all) of an environment. Those of an `MTEnv`, where
+    the next state is the same whatever the action, are not stepped through but looked up. States are made in parts."""
     if type(environment) is not MTEnv:
-        return step_rollout(environment, agent)
+        return step_rollout(environment, agent, episodes)
     sessions = environment.sessions
-    parts = np.array_split(np.arange(len(sessions.states)), max(1, len(sessions.states) // EVALUATION_ROWS))
-    actions = np.concatenate([agent.predict(sessions.observe(rows)) for rows in parts])
-    q = np.concatenate([_q_of(agent, sessions.observe(rows), actions[rows]) for rows in parts])
-    rewards = compute_reward(actions, sessions.labels, sessions.reward_type)
-    return Rollout(actions, rewards, sessions.labels, q,
-                   discounted_returns(rewards, sessions.index, agent.gamma), sessions.index, sessions.session)
+    rows = rows_of(sessions.index, episodes)
+    parts = np.array_split(rows, max(1, len(rows) // EVALUATION_ROWS))
+    actions, q = [], []
+    for part in parts:
+        states = sessions.observe(part)
+        actions.append(agent.predict(states))
+        q.append(_q_of(agent, states, actions[-1]))
+    action, label, session = np.concatenate(actions), sessions.outcomes(rows), sessions.session[rows]
+    reward, index = compute_reward(action, label, sessions.reward_type), SessionIndex(session)
+    return Rollout(action, reward, label, np.concatenate(q), discounted_returns(reward, index, agent.gamma), index,
+                   session)
 
 
-def step_rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> Rollout:
+def rows_of(index: SessionIndex, episodes: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """The rows of sessions (None: of all), one session after the other, (n,)."""
+    if episodes is None:
+        return np.arange(index.ends[-1] + 1)
+    lengths = index.lengths[episodes]
+    return np.repeat(index.starts[episodes] - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+
+
+def step_rollout(environment: gym.Env[Any, Any], agent: DDPG_ESMM,
+                 episodes: NDArray[np.int64] | None = None) -> Rollout:
     """The same by stepping through the environment."""
-    steps = list(step_through(environment, lambda state: to_action_space(environment, agent.predict(state))))
-    order = np.argsort(np.concatenate([step["episode"] for step in steps]), kind="stable")
-    session, state, action, reward, label = (
-        np.concatenate([step[name] for step in steps])[order] for name in ("episode", "state", "action", "reward",
-                                                                            "label"))
+    steps = step_through(environment, lambda state: to_action_space(environment, agent.predict(state)), episodes)
+    parts: list[Steps] = []
+    for part in _join(steps, 2 * EVALUATION_ROWS):
+        q = _q_of(agent, part["state"], part["action"])
+        parts.append({"q": q, **{name: part[name] for name in ("episode", "action", "reward", "label")}})
+    order = np.argsort(np.concatenate([part["episode"] for part in parts]), kind="stable")
+    session, action, reward, label, q = (np.concatenate([part[name] for part in parts])[order]
+                                         for name in ("episode", "action", "reward", "label", "q"))
     index = SessionIndex(session)
-    parts = np.array_split(np.arange(len(state)), max(1, len(state) // EVALUATION_ROWS))
-    q = np.concatenate([_q_of(agent, state[rows], action[rows]) for rows in parts])
     return Rollout(action, reward, label, q, discounted_returns(reward, index, agent.gamma), index, session)
+
+
+def _join(steps: Iterator[Steps], rows: int) -> Iterator[Steps]:
+    """The transitions of `steps` again, at least `rows` at a time but for the last ones."""
+    waiting: list[Steps] = []
+    for step in chain(steps, [None]):
+        waiting += [step] if step else []
+        if waiting and (step is None or sum(len(each["done"]) for each in waiting) >= rows):
+            yield {name: np.concatenate([each[name] for each in waiting]) for name in waiting[0]}
+            waiting.clear()
 
 
 @torch.no_grad()
@@ -377,11 +435,12 @@ def _q_of(agent: DDPG_ESMM, states: Floats, actions: Floats) -> Floats:
     return q
 
 
-def evaluate_critics(environment: gym.Env[Any, Any], agent: DDPG_ESMM) -> dict[str, float]:
-    """Per task, on held-out sessions: TD error (mean square), rank correlation (Spearman) of Q with the observed
-    discounted return, fraction of zero outputs, standard deviation of Q and mean |Q|; and the score, a session's mean
-    return without discount."""
-    played = rollout(environment, agent)
+def evaluate_critics(environment: gym.Env[Any, Any], agent: DDPG_ESMM,
+                     episodes: NDArray[np.int64] | None = None) -> dict[str, float]:
+    """Per task, on held-out sessions (default: all): TD error (mean square), rank correlation (Spearman) of Q with the
+    observed discounted return, fraction of zero outputs, standard deviation of Q and mean |Q|; and the score, a
+    session's mean return without discount."""
+    played = rollout(environment, agent, episodes)
     next_q = np.append(played.q[1:], played.q[:1], axis=0)
     next_q[played.sessions.ends] = 0.0  # nothing is expected past a session's end
     td = played.reward + agent.gamma * next_q - played.q

@@ -1,6 +1,6 @@
 """Programs killed at random moments, continued, and compared with an undisturbed run.
 
-    python3 tests/robustness/crash_trials.py --trials=50 prepare SLmain RLmain polish experiments
+    python3 tests/robustness/crash_trials.py --trials=50 simulate prepare SLmain RLmain polish experiments
 
 A process that has imported everything forks each run, so that a trial costs the run alone; signals, exit codes and
 files are real. Trial by trial SIGKILL and SIGTERM take turns, at a moment that is uniform over the undisturbed run;
@@ -68,13 +68,17 @@ SIMULATE = "dataset.simulate --out raw --events 12000 --items 600 --property_row
 PREPARE = "dataset.prepare --raw raw --out dataset/rt"
 SL = f"SLmain.py --model_name=esmm --epoch=4 --batch_size=256 {' '.join(SIZES)}"
 RL = ("RLmain.py --epoch=4 --epoch_updates=20 --init_episode=200 --batch_size=64 --converge_tolerance=0 "
+      "--memory_size=2000 "  # fewer than the log has: a sample of sessions
       + " ".join(SIZES))
 POLISH = f"{SL} --polish=1"
 EXPERIMENTS = ("experiments --tables=main --models=esmm --seeds=2 --workers=1 --out=results --embed_dim=8 --epoch=2 "
         "--critic_epoch=2 --critic_updates=5 --critic_batch=64")
 SL_DIR, RL_DIR, POLISH_DIR = "chkpt/SL/rt_esmm", "chkpt/RL/res_TD3BC_esmm", "chkpt/SL/rt_esmm/rt_esmm_1.0"
 
+simulate.EVENTS_PER_BLOCK = simulate.PROPERTY_ROWS_PER_BLOCK = 4_000  # so that the log has several blocks
+
 PROGRAMS = {
+    "simulate": Program(SIMULATE, (), ("raw/*",)),
     "prepare": Program(PREPARE, (SIMULATE,), ("dataset/rt/*",)),
     "SLmain": Program(SL, (SIMULATE, PREPARE),
                       (f"{SL_DIR}/metrics.csv", f"{SL_DIR}/rt_esmm_0.0.pt", f"{SL_DIR}/catemapper.json",

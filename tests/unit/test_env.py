@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -271,3 +272,27 @@ def test_an_action_that_is_no_prediction_is_refused(action: Any) -> None:
     many.reset()
     with pytest.raises(ValueError, match="action: "):
         many.step(np.asarray(action, np.float32))
+
+
+def test_mapped_arrays_are_observed_like_those_in_memory(train: RetailRocketRLDataset, tmp_path: Path) -> None:
+    """Ids of 32 bits and labels of 8, in files: rows are read when they are observed."""
+    mapped = copy.copy(train)
+    for name, values in (("_categorical", train.categorical.astype(np.int32)), ("numerical", train.numerical),
+                         ("labels", train.labels.astype(np.uint8)), ("session", train.session)):
+        np.save(tmp_path / f"{name}.npy", values)
+        setattr(mapped, name, np.load(tmp_path / f"{name}.npy", mmap_mode="r"))
+    for is_seq in (False, True):
+        envs = [MTEnv(dataset, is_seq=is_seq, window=3).vector(50) for dataset in (train, mapped)]
+        np.testing.assert_array_equal(*(env.reset()[0] for env in envs))
+        for _ in range(20):
+            actions = np.random.default_rng(1).random((50, 2), np.float32)
+            steps = [env.step(actions) for env in envs]
+            for expected, got in zip(*(step[:3] for step in steps), strict=True):
+                np.testing.assert_array_equal(got, expected)
+                assert got.dtype == expected.dtype
+            assert steps[1][4]["label"].dtype == np.float32
+    single = MTEnv(mapped, is_test=True)
+    single.reset()
+    np.testing.assert_array_equal(single.step(np.float32([0.5, 0.5]))[4]["label"], train.labels[0])
+    assert not any(isinstance(value, np.ndarray) and value.size > train.labels.size and value.base is None
+                   for value in vars(single.sessions).values()), "no array of all rows is copied"

@@ -142,6 +142,19 @@ def test_buffer_file_round_trip(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read.storage[:6], part.storage[:6])
 
 
+def test_a_buffer_larger_than_memory_is_refused() -> None:
+    text = user_error_message(lambda: ReplayBuffer(15, 2, 10**11, 8))
+    assert text.startswith("a replay buffer of 100,000,000,000 transitions of 148 bytes: about 13783.6 GiB of memory")
+
+
+def test_a_buffer_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    buffer(filled=60).save(tmp_path / "memory.npz", MEMORY)
+    monkeypatch.setattr(importlib.import_module("agents.ReplayBuffer"), "BLOCK_ROWS", 7)
+    memory = buffer()
+    memory.load(tmp_path / "memory.npz", MEMORY)
+    np.testing.assert_array_equal(memory.storage, buffer(filled=60).storage)
+
+
 @pytest.mark.parametrize(("name", "value"), [("data", "other"), ("reward_type", "norm"), ("field_dims", [3, 5])])
 def test_a_memory_of_another_kind_is_refused(tmp_path: Path, name: str, value: Any) -> None:
     buffer(filled=6).save(tmp_path / "memory.npz", MEMORY)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from conftest import user_error_message
 
-from common import fileio
 from common.fileio import (
     append_checksum,
     atomic_file,
@@ -25,7 +24,6 @@ from common.fileio import (
     is_safe_filename,
     open_verified,
     read_json,
-    require_free_memory,
     require_regular_file,
     sha256,
     write_json,
@@ -218,22 +216,3 @@ def test_invalid_json_is_refused(tmp_path: Path, content: bytes, reason: str) ->
 def test_sha256_of_known_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-
-
-def test_free_memory_of_system_and_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fileio, "PROC", tmp_path)
-    monkeypatch.setattr(fileio, "CGROUP", tmp_path)
-    require_free_memory(2**60, "unknown, so nothing is refused")
-    (tmp_path / "meminfo").write_text("MemTotal:  9999 kB\nMemAvailable:  3145728 kB\n")
-    require_free_memory(2.9 * 2**30, "big")
-    message = user_error_message(lambda: require_free_memory(3.5 * 2**30, "big"))
-    assert message.startswith("big: about 3.5 GiB of memory are needed, 3.0 GiB are free:")
-    (tmp_path / "memory.max").write_text("2147483648\n")
-    (tmp_path / "memory.current").write_text("1610612736\n")
-    (tmp_path / "memory.stat").write_text("anon 1\nfile 536870912\n")
-    assert "1.0 GiB are free" in user_error_message(lambda: require_free_memory(3.5 * 2**30, "big"))
-    (tmp_path / "memory.max").write_text("max\n")
-    assert "3.0 GiB are free" in user_error_message(lambda: require_free_memory(3.5 * 2**30, "big"))

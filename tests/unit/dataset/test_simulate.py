@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from conftest import SMALL, read_tree, user_error_message
 
+import dataset.simulate as simulator
 from common.errors import UserError
 from dataset.simulate import WEEKS, SimulationConfig, expected_return, read_ground_truth, simulate
 
@@ -154,6 +155,46 @@ def test_earlier_clicks_predict_later_ones(outcomes: pd.DataFrame) -> None:
     after = ordered["click"][same]
     assert before.sum() > 50
     assert after[before].mean() > 2 * after[~before].mean()
+
+
+def test_a_log_in_blocks(larger: Path, events: pd.DataFrame, properties: pd.DataFrame, tmp_path: Path,
+                         monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that is larger than a block is another draw of the same: the visitors of one block follow those before."""
+    monkeypatch.setattr(simulator, "EVENTS_PER_BLOCK", 9_000)
+    monkeypatch.setattr(simulator, "PROPERTY_ROWS_PER_BLOCK", 9_000)
+    simulate(tmp_path / "raw", CONFIG)
+    blocks = pd.read_csv(tmp_path / "raw" / "events.csv")
+    assert len(blocks) == pytest.approx(len(events), rel=0.05)
+    assert (blocks["visitorid"].diff()[1:] >= 0).all()
+    assert blocks["visitorid"].nunique() == events["visitorid"].nunique()
+    assert (blocks.groupby("visitorid")["timestamp"].diff().dropna() >= 0).all()
+    bought = blocks["transactionid"].dropna()
+    assert sorted(bought) == [*range(len(bought))], "each purchase has a number of its own"
+    shares = blocks["event"].value_counts(normalize=True)
+    assert shares["addtocart"] == pytest.approx(0.025, abs=0.006)
+    first = blocks[blocks["event"] == "view"].groupby(["visitorid", "itemid"]).size()
+    truth = read_ground_truth(tmp_path / "raw" / "truth.csv", CONFIG)
+    assert len(truth) == len(first)
+    assert (truth["visitorid"].diff()[1:] >= 0).all()
+    rows = pd.concat(pd.read_csv(tmp_path / "raw" / f"item_properties_part{part}.csv", dtype={"value": str})
+                     for part in (1, 2))
+    assert len(rows) == len(properties)
+    used = rows["property"].isin(["785", "categoryid"])
+    assert used[:9_000].mean() == pytest.approx(used[-9_000:].mean(), rel=0.2), "spread over the blocks"
+    names = ["timestamp", "itemid", "property", "value"]
+    of_items = [table[table["property"] == "categoryid"][names].sort_values(names).to_numpy().tolist()
+                for table in (rows, properties)]
+    assert of_items[0] == of_items[1]
+
+
+def test_expected_return_in_blocks(larger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ground_truth = read_ground_truth(larger / "truth.csv", CONFIG)[:1_000]
+    whole = expected_return(CONFIG, ground_truth, gamma=0.9)
+    monkeypatch.setattr(simulator, "ROLLOUTS_PER_BLOCK", 20_000)
+    blocks = expected_return(CONFIG, ground_truth, gamma=0.9)
+    assert blocks.shape == whole.shape
+    assert np.corrcoef(blocks[:, 0], whole[:, 0])[0, 1] > 0.8
+    assert not np.array_equal(blocks, whole)
 
 
 def test_expected_return_of_oracle_predictions(larger: Path) -> None:

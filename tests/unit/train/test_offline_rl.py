@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -105,6 +106,56 @@ def trained(folder: Path, data: Data, epoch: int, cls: type[DDPG_ESMM] = DDPG_ES
                                   seed=3, epoch_updates=8, resume=resume,
                                   **{"stopper": ConvergeStopper(num_trials=3, tolerance=1e-6), **more})
     return agent, rows
+
+
+def test_a_log_larger_than_the_buffer_is_sampled(tmp_path: Path, data: Data,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    """Whole sessions from everywhere in the log, a function of the seed; uniform actions take a third."""
+    def stored(name: str, seed: int) -> NDArray[np.float32]:
+        folder = tmp_path / name
+        folder.mkdir()
+        torch.manual_seed(11)
+        agent = make_agent(folder, handmade([3, 1, 2] * 200), memory_size=300)
+        offline._fill_replay_buffer(agent, 100, folder / "memory.npz", seed, {})
+        assert len(agent.memory) == 300
+        return agent.memory.storage.copy()
+
+    first = stored("first", 1)
+    assert "sessions of uniform actions, and" in (said := capsys.readouterr().out)
+    assert re.search(r" 1\d\d, drawn at random, of 600 of the pretrained actor", said)
+    np.testing.assert_array_equal(stored("again", 1), first)
+    rows = first[:, 2].astype(int)  # of the log
+    assert Counter(rows // 400).keys() == {0, 1, 2}, "from every third of the log"
+    assert not np.array_equal(np.sort(stored("other", 2)[:, 2]), np.sort(first[:, 2]))
+    counts = np.zeros(600)
+    index = SessionIndex(np.repeat(np.arange(600), [3, 1, 2] * 200))
+    for seed in range(200):
+        chosen = offline.sample_sessions(index, 300, seed)
+        assert chosen is not None
+        assert 300 <= index.lengths[chosen].sum() < 303
+        counts[chosen] += 1
+    assert counts.reshape(-1, 3).mean(axis=0) == pytest.approx([50, 50, 50], rel=0.05), "whatever their lengths"
+    assert offline.sample_sessions(index, 1_200, 1) is None
+
+
+def test_held_out_sessions_are_sampled(tmp_path: Path, data: Data, monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    agent, _ = trained(tmp_path / "all", data, 1)
+    environment = MTEnv(data[1])
+    whole = offline.rollout(environment, agent)
+    episodes = offline.sample_sessions(data[1].sessions, 100, 5)
+    assert episodes is not None
+    rows = offline.rows_of(data[1].sessions, episodes)
+    monkeypatch.setattr(offline, "EVALUATION_ROWS", 10)
+    for played in (offline.rollout(environment, agent, episodes), offline.step_rollout(environment, agent, episodes)):
+        for name in ("action", "reward", "label", "q", "returns"):
+            np.testing.assert_allclose(getattr(played, name), getattr(whole, name)[rows], rtol=1e-4, atol=1e-6)
+    assert "held-out metrics are of" not in capsys.readouterr().out
+    monkeypatch.setattr(offline, "EVALUATED_ROWS", 100)
+    (one, rows_one), (_, rows_two) = (trained(tmp_path / name, data, 2) for name in ("one", "two"))
+    assert re.search(r"held-out metrics are of \d+ of \d+ sessions, drawn at random", capsys.readouterr().out)
+    assert rows_one == rows_two
+    assert one is not None
 
 
 def test_uniform_actions_cover_the_unit_interval(
@@ -256,9 +307,9 @@ def test_loaded_buffer_trains_as_the_filled_one(tmp_path: Path, data: Data) -> N
 # ----------------------------------------------------------------------------------------------------------- judging
 
 
-def answers(values: dict[str, NDArray[Any]]) -> Callable[[MTEnv, DDPG_ESMM], dict[str, NDArray[Any]]]:
+def answers(values: dict[str, NDArray[Any]]) -> Callable[..., dict[str, NDArray[Any]]]:
     """A `rollout` whose Q is what the test says."""
-    def played(environment: MTEnv, agent: DDPG_ESMM) -> dict[str, NDArray[Any]]:
+    def played(environment: MTEnv, agent: DDPG_ESMM, episodes: None) -> dict[str, NDArray[Any]]:
         return values
 
     return played
