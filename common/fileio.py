@@ -260,13 +260,13 @@ def sha256(path: Path) -> str:
 def require_free_memory(needed: float, description: str, free: float | None = None) -> None:
     """Raise UserError if fewer than `needed` bytes are free (`free`; None: of the system's memory): a run fails at its
     start, it is not killed halfway."""
-    free = _available_memory() if free is None else free
+    free = available_memory() if free is None else free
     if needed > free:
         raise UserError(f"{description}: about {needed / 2**30:.1f} GiB of memory are needed, {free / 2**30:.1f} GiB "
                         "are free: use fewer rows, a smaller model, or a machine with more memory")
 
 
-def _available_memory() -> float:
+def available_memory() -> float:
     """Free bytes of the system and of this process's control group; infinity if unknown."""
     free = float("inf")
     with contextlib.suppress(OSError, ValueError, IndexError):
