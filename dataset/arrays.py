@@ -1,16 +1,17 @@
 """Memory-mapped arrays of a data set: the tables become `.npy` files once, and a run reads of them what it needs.
 
-`make_arrays` reads the tables through DuckDB, in sorted streams of blocks, so that neither it nor a run needs memory for
-all rows. The arrays are those that `dataset.rtrl.make_datasets` makes in memory, bit for bit: the features come from the
-same functions, block by block. Categories are stored as codes: per field 0 = missing, then 1, 2, ... by frequency in
-the training split (ties by value), then the values that only other splits have. So the ids of any `--feature_map_rate`
-are the codes up to a limit, and the arrays do not depend on it.
+`open_arrays` makes them through DuckDB, in sorted streams of blocks, so that neither it nor a run needs memory for all
+rows. They are bit for bit what `dataset.rtrl.make_datasets` makes in memory: the features come from the same functions,
+block by block. Categories are stored as codes: per field 0 = missing, then 1, 2, ... by frequency in the training split
+(ties by value), then the values that only other splits have. So the ids of any `--feature_map_rate` are the codes up to
+a limit, and the arrays do not depend on it.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import mmap
 import os
 import shutil
@@ -66,6 +67,16 @@ class MappedColumn:
         """The number of distinct values."""
         return len(self.counts)
 
+    @property
+    def codes(self) -> Ids:
+        """As those of a `CategoricalColumn`: `values[codes[i]]` is row i's value; code -1: missing. For all rows."""
+        return self.matrix[:, self.position].astype(np.int64) - 1
+
+    @property
+    def values(self) -> NDArray[np.object_]:
+        """All distinct values, of str."""
+        return np.array(self._values(0, len(self)), dtype=object)
+
     @functools.cached_property
     def frequencies(self) -> Ids:
         """How many rows of the training split have each of its values, the most frequent first."""
@@ -91,8 +102,7 @@ class MappedColumn:
     def _values(self, start: int, stop: int) -> list[str]:
         bounds = [0 if start == 0 else int(self.ends[start - 1]), *self.ends[start:stop].tolist()]
         text = self.text[bounds[0]:bounds[-1]].tobytes()
-        return [text[begin - bounds[0]:end - bounds[0]].decode()
-                for begin, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        return [text[begin - bounds[0]:end - bounds[0]].decode() for begin, end in itertools.pairwise(bounds)]
 
 
 class MappedIds:
@@ -209,7 +219,7 @@ def _split_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Arrays
     @functools.cache
     def read(name: str) -> NDArray[Any]:
         # Private and writable, so that torch takes it without a warning; nothing writes.
-        array: NDArray[Any] = (np.load(folder / f"{name}.npy", mmap_mode="c"))
+        array: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c").view(np.ndarray)
         return array
 
     arrays = {}
@@ -262,7 +272,7 @@ class _Builder:
             for sql in (f"SET temp_directory = '{_escaped(scratch)}'",
                         f"ATTACH '{_escaped(scratch / 'staged.db')}' AS staged", "USE staged"):
                 self.con.execute(sql)
-            self.con.create_function("normalize", normalize_category, ["VARCHAR"], "VARCHAR")  # type: ignore[list-item, arg-type]
+            self.con.create_function("normalize", normalize_category, ["VARCHAR"], "VARCHAR")
             offsets = self._stage_rows()
             self._check_rows(offsets)
             self._stage_fields()
@@ -282,7 +292,7 @@ class _Builder:
     # ----------------------------------------------------------------------------------------------------------- tables
 
     def _stage_rows(self) -> list[int]:
-        """Table `logged`: all rows, split by split in the order of the files; return where the splits begin, and end."""
+        """Table `logged`: all rows, split by split in the files' order; return where the splits begin, and end."""
         schema, optional = split_schema(self.manifest)
         offsets, columns = [0], set[str]()
         for number, split in enumerate(SPLITS):
@@ -359,7 +369,7 @@ class _Builder:
             self._stage_feature_table(number, name, table["key"], table["fields"])
         for at, field in enumerate(self.fields):
             if field in self.keys:
-                value, source = f"k{self.keys.index(field)}", "logged"
+                value = f"k{self.keys.index(field)}"
                 self._number_values(at, f"SELECT CAST({value} AS VARCHAR) AS value, {value} AS id, count(*) FILTER "
                                     f"(split = 0) AS n FROM logged GROUP BY ALL")
                 self.joins += f" LEFT JOIN d{at} ON logged.{value} = d{at}.id"
@@ -520,8 +530,8 @@ class _Builder:
         times = [f"CASE WHEN l{at} > 0 THEN " + (f"greatest(coalesce(t{at}::BIGINT, ts), ts)" if self.timed[at] else
                                                  "ts") + f" END AS o{at}" for at in range(len(self.labels))]
         self.con.execute(f"CREATE TABLE grouped AS SELECT row, ts, {', '.join([*times, *named])} FROM coded{joins}")
-        outcomes = [_Stream(self._chunks(f"SELECT o{at} AS ts, * EXCLUDE (row, ts) FROM grouped WHERE o{at} IS NOT NULL "
-                                         f"ORDER BY o{at}")) for at in range(len(self.labels))]
+        outcomes = [_Stream(self._chunks(f"SELECT o{at} AS ts, * EXCLUDE (row, ts) FROM grouped WHERE o{at} IS NOT "
+                                         f"NULL ORDER BY o{at}")) for at in range(len(self.labels))]
         counts = [RunningCounts(self._array(f"so far {number}", (1 + len(self.labels), size), np.int64, scratch))
                   for number, size in enumerate([1, *sizes])]
         width = 2 + 2 * len(self.labels)
@@ -575,7 +585,7 @@ class _Builder:
     def _array(self, name: str, shape: tuple[int, ...], dtype: type, folder: Path | None = None) -> NDArray[Any]:
         """A new file of the arrays. Its space is reserved: a full disk is an error here, not a crash at a write."""
         path = (folder or self.target) / f"{name}.npy"
-        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)  # type: ignore[no-untyped-call]
+        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self.arrays[name] = array

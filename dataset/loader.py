@@ -17,7 +17,7 @@ from dataset.sessions import window_rows
 
 Batch = tuple[Tensor, Tensor, Tensor]  # ids (B, F), numerical (B, N), labels (B, T)
 
-PERMUTED_ROWS = 2**22  # of a larger data set not all rows are shuffled at once, and equal rows are not looked for
+PERMUTED_ROWS = 2**22  # of a larger data set rows are shuffled part by part, and equal rows are not looked for
 BLOCK_ROWS = 2**13  # neighbours, which are read together
 BLOCKS_AT_ONCE = 2**7  # of which the rows are shuffled
 
@@ -82,15 +82,18 @@ class TensorLoader:
             ids, numerical = ids.masked_fill(padding, -1), numerical.masked_fill(padding, 0)
         return ids.to(self.device), numerical.to(self.device), labels.to(self.device)
 
+    @property
+    def is_large(self) -> bool:
+        """Whether there are more rows than are shuffled at once, or compared."""
+        return len(self.session) > PERMUTED_ROWS
+
     @functools.cached_property
-    def unique_rows(self) -> tuple[Tensor, Tensor] | None:
+    def unique_rows(self) -> tuple[Tensor, Tensor]:
         """One row (d,) of each distinct set of features (of the whole window), and the inverse (n,): the position of
-        each row's features among them. None of more than `PERMUTED_ROWS` rows.
+        each row's features among them.
 
         A model in eval mode predicts the same for equal features: x = unique_x[inverse].
         """
-        if len(self.session) > PERMUTED_ROWS:
-            return None
         ids, numerical, _ = (tensor.cpu().numpy() for tensor in self.tensors)
         inverse = np.zeros(len(ids), np.int64)
         for column in (*ids.T, *numerical.view(np.int32).T):
@@ -135,7 +138,7 @@ class TensorLoader:
                 yield np.arange(start, min(start + BLOCK_ROWS * BLOCKS_AT_ONCE, rows))
             return
         rng = np.random.default_rng([self.seed, self.epoch])
-        if rows <= PERMUTED_ROWS:
+        if not self.is_large:
             yield rng.permutation(rows)
             return
         starts = rng.permutation(np.arange(0, rows, BLOCK_ROWS))

@@ -13,6 +13,7 @@ import numpy as np
 from common.errors import UserError
 from common.fileio import read_json, write_json
 from dataset.arrays import MappedColumn, MappedIds
+from dataset.features import Ids
 from dataset.rtrl import RetailRocketRLDataset, Splits
 
 MANY_VALUES = 100  # a field with more is long-tailed, if the data set has no list of long-tailed fields
@@ -69,10 +70,10 @@ class Catemapper:
         if missing:
             raise UserError(f"category mapping: field '{missing[0]}' is not one of {', '.join(dataset.fields)}")
         columns = [dataset.fields[name] for name in self.ids]
-        ids = (MappedIds(columns, [*self.ids.values()]) if isinstance(columns[0], MappedColumn) else
-               np.column_stack([column.lookup(ids)[column.codes] for column, ids in
-                                zip(columns, self.ids.values(), strict=True)]))
-        dataset.set_ids(ids, self.field_dims, self.digest)
+        mapped = [column for column in columns if isinstance(column, MappedColumn)]
+        categorical: Ids | MappedIds = MappedIds(mapped, [*self.ids.values()]) if mapped else np.column_stack(
+            [column.lookup(ids)[column.codes] for column, ids in zip(columns, self.ids.values(), strict=True)])
+        dataset.set_ids(categorical, self.field_dims, self.digest)
         return dataset
 
     def state_dict(self) -> dict[str, Any]:

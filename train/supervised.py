@@ -166,13 +166,14 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
     model.eval()
     bar: dict[str, Any] = {"leave": leave, "disable": None, **({} if leave else {"desc": "predict", "unit": "batch"})}
     if isinstance(data_loader, TensorLoader):
-        unique = data_loader.unique_rows
-        rows = torch.arange(len(data_loader.session)) if unique is None else unique[0]
+        rows, inverse = ((torch.arange(len(data_loader.session)), None) if data_loader.is_large else
+                         data_loader.unique_rows)
         (rows,), _ = distributed.shard([rows])
-        values = distributed.all_gather_rows([_in_rows(
+        predictions = distributed.all_gather_rows([_in_rows(
             len(rows), (model(*(x.to(device) for x in data_loader.take(part)[:2])) for part in
                         tqdm(rows.split(data_loader.batch_size), **bar)))])
-        predictions, labels = values if unique is None else values[unique[1].to(device)], data_loader.labels
+        predictions = predictions if inverse is None else predictions[inverse.to(device)]
+        labels = data_loader.labels
     else:
         pairs = [(model(ids, numbers), labels) for ids, numbers, labels in
                  (_on_device(batch, device) for batch in tqdm(data_loader, **bar))]
