@@ -92,7 +92,8 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     if not baseline.exists():
         raise UserError(f"{baseline}: no such baseline: train it first: {train_baseline}")
     trackers = Trackers(settings.track)
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num,
+                         settings.data)
     memory_path = Path(settings.memory_path)
     check_writable(run_dir.path, memory_path.parent,
                    files=[*run_dir.files, memory_path, *(network_path(run_dir.path, name)

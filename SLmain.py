@@ -85,7 +85,8 @@ def run_exclusively(work: Callable[[SLArguments, torch.device], list[Metrics]],
 def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From the tables to a tested model, which later runs start from."""
     run_dir, baseline = settings.run_dir, settings.baseline(settings.model_name)
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num,
+                         settings.data)
     check_writable(run_dir.path, baseline.parent, files=[*run_dir.files, baseline])
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)
@@ -108,7 +109,8 @@ def train_baseline(settings: SLArguments, device: torch.device) -> list[Metrics]
 def polish(settings: SLArguments, device: torch.device) -> list[Metrics]:
     """From a baseline and critics to a model fine-tuned with their weights."""
     run_dir = settings.run_dir
-    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num)
+    splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num,
+                         settings.data)
     check_writable(run_dir.path, files=run_dir.files)
     catemapper = encode_splits(splits, settings.feature_map_rate)
     model = init_model(settings, splits, device)

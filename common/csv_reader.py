@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import duckdb
 import numpy as np
 import pandas as pd
 
@@ -344,6 +345,19 @@ def _is_na(cell: str) -> bool:
 
 def _printable(cell: str) -> str:
     return truncate(re.sub(r"[^\x20-\x7e]", "?", cell), 40)
+
+
+def scan(con: duckdb.DuckDBPyConnection, path: Path, columns: Mapping[str, ColumnType],
+         optional: Sequence[str] = ()) -> duckdb.DuckDBPyRelation:
+    """Rows of a CSV file in file order, the given columns, cast, and a column `row` from 0."""
+    rows = con.read_csv(str(path), header=True, all_varchar=True, delimiter=",", quotechar='"', escapechar='"')
+    require_columns(f"{path}, line 1", rows.columns, columns, optional)
+    types = {"id": "DOUBLE::BIGINT", "label": "FLOAT", "optional_text": "VARCHAR", "text": "VARCHAR"}
+    quoted = {name: '"' + name.replace('"', '""') + '"' for name in columns if name in rows.columns}
+    return rows.project(", ".join([
+        "row_number() OVER () - 1 AS row",
+        *(f"TRY_CAST({cell} AS DOUBLE) AS {cell}" if columns[name] in (*OPTIONAL_NUMBERS, "number") else
+          f"{cell}::{types[columns[name]]} AS {cell}" for name, cell in quoted.items())]))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

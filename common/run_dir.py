@@ -22,7 +22,7 @@ from common.errors import UserError, command_line, mark_run_started, truncate
 from common.fileio import read_json, write_json
 
 AGENT_DIR_NAMES = {"bc": "TD3BC", "td3bc": "TD3BCactor", "ddpg": "DDPG", "multiweight": "DDPGmw"}
-MUTABLE_ON_RESUME = ("resume", "device", "epoch", "refill", "track")  # settings that a resumed run may change
+MUTABLE_ON_RESUME = ("resume", "data", "device", "epoch", "refill", "track")  # settings that a resumed run may change
 
 
 def critic_names(task_num: int) -> list[str]:

@@ -85,16 +85,56 @@ def running_rates(rows: pd.DataFrame, groups: Mapping[str, Ids], labels: Sequenc
             _count_known(group, moment, group[has_outcome], known)
             for has_outcome, known in zip(happened, known_from, strict=True)]
 
-    shown, known = counts(everything)
-    priors = [(count + 0.5) / (shown + 1.0) for count in known]
-    columns = {}
-    for field, codes in groups.items():
-        shown, known = counts(codes + 1)
-        columns[f"{field} count"] = np.log1p(shown)
-        for label, count, prior in zip(labels, known, priors, strict=True):
-            rate = (count + RATE_STRENGTH * prior) / (shown + RATE_STRENGTH)
-            columns[f"{field} {label} rate"] = np.log(rate / (1.0 - rate))
-    return pd.DataFrame(columns, index=rows.index, dtype=np.float32)
+    priors = rate_priors(*counts(everything))
+    columns = [column for codes in groups.values() for column in smoothed_rates(*counts(codes + 1), priors)]
+    names = rate_names([*groups], labels)
+    return pd.DataFrame(dict(zip(names, columns, strict=True)), index=rows.index, dtype=np.float32)
+
+
+def rate_names(fields: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """The names of the columns of `running_rates`."""
+    return [f"{field} {what}" for field in fields for what in ("count", *(f"{label} rate" for label in labels))]
+
+
+def rate_priors(shown: Ids, known: Sequence[Ids]) -> list[NDArray[np.float64]]:
+    """The rate of each task in all rows so far, (n,) each, of the counts so far of all rows."""
+    return [(count + 0.5) / (shown + 1.0) for count in known]
+
+
+def smoothed_rates(shown: Ids, known: Sequence[Ids], priors: Sequence[NDArray[np.float64]]) -> list[NDArray[Any]]:
+    """The columns of one field of `running_rates`, of its values' rows and outcomes so far, (n,) each."""
+    columns = [np.log1p(shown)]
+    for count, prior in zip(known, priors, strict=True):
+        rate = (count + RATE_STRENGTH * prior) / (shown + RATE_STRENGTH)
+        columns.append(np.log(rate / (1.0 - rate)))
+    return columns
+
+
+class RunningCounts:
+    """The counts so far of `running_rates` of one field, block by block in order of time.
+
+    Args:
+        totals: (1 + T, K) int64, zeros: of each value its rows, and its outcomes of each task, in the blocks so far.
+    """
+
+    def __init__(self, totals: Ids) -> None:
+        self.totals = totals
+
+    def add(self, group: Ids, moment: Ids, outcomes: Sequence[tuple[Ids, Ids]]) -> tuple[Ids, list[Ids]]:
+        """Rows and outcomes before each row of a block (n,): of its value, and known at its time.
+
+        Args:
+            group, moment: the numbers of the rows' values and times, (n,) each.
+            outcomes: of each task the outcomes that became known up to the block's last time: the numbers of their
+                values, and of the first moment at which each is known.
+        """
+        events = [(group, moment + 1), *outcomes]
+        counts = [total[group] + _count_known(group, moment, *event)
+                  for total, event in zip(self.totals, events, strict=True)]
+        for total, (values, _) in zip(self.totals, events, strict=True):
+            found, number = np.unique(values, return_counts=True)
+            total[found] += number
+        return counts[0], counts[1:]
 
 
 def features_version() -> str:

@@ -8,6 +8,7 @@ two are not used).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -15,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,8 @@ from torch.utils.data import Dataset
 from common.csv_reader import cell_location, count_lines, log_repairs, normalize_category
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
+from common.memory import available_memory
+from dataset.arrays import Arrays, MappedColumn, MappedIds, open_arrays
 from dataset.features import (
     Floats,
     Ids,
@@ -43,7 +46,9 @@ from dataset.tables import SPLITS, FeatureTable, find_contradiction, read_tables
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
-BYTES_PER_ROW = 256  # of memory while tables become arrays, an upper bound (measured by `benchmarks.scaling`)
+BYTES_PER_ROW = 256  # of memory while tables become arrays in memory, an upper bound (measured by `benchmarks.scaling`)
+MEMORY_FRACTION = 0.5  # of the free memory, which the tables may need; beyond, their arrays are memory-mapped
+DataMode = Literal["auto", "memory", "mapped"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,29 @@ class CategoricalColumn:
 
     codes: NDArray[np.int64]  # (n,)
     values: NDArray[np.object_]  # (number of distinct values,) of str
+
+    def __len__(self) -> int:
+        """The number of distinct values."""
+        return len(self.values)
+
+    @functools.cached_property
+    def _ranking(self) -> tuple[Ids, list[str]]:
+        counts = np.bincount(self.codes[self.codes >= 0], minlength=len(self.values))
+        order = sorted(np.flatnonzero(counts), key=lambda code: (-counts[code], self.values[code]))
+        return counts[order], [str(self.values[code]) for code in order]
+
+    @property
+    def frequencies(self) -> Ids:
+        """How many rows have each of the values, the most frequent first; of equally frequent ones the smaller."""
+        return self._ranking[0]
+
+    def most_frequent(self, number: int) -> list[str]:
+        """The first values in the order of `frequencies`."""
+        return self._ranking[1][:number]
+
+    def lookup(self, ids: Mapping[str, int]) -> Ids:
+        """The id of each code, 0 for values without one and, in the last place, for missing ones."""
+        return np.array([*(ids.get(str(value), 0) for value in self.values), 0], np.int64)
 
 
 class RetailRocketRLDataset(Dataset[Example]):
@@ -72,8 +100,10 @@ class RetailRocketRLDataset(Dataset[Example]):
         rates: further features of the rows of `table`, a column each, such as `running_rates`; unless `none`.
 
     Attributes:
-        fields: field name to its `CategoricalColumn`, before any mapping to ids.
-        categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError.
+        fields: field name to its `CategoricalColumn`, before any mapping to ids; `dataset.arrays.MappedColumn` where
+            the arrays are memory-mapped.
+        categorical: (n, F) int64 ids; set by `Catemapper.map`, before that a UserError. Of memory-mapped arrays
+            `dataset.arrays.MappedIds`, which are looked up when they are indexed.
         numerical: (n, N) float32: session or history features (`session_feature_names`), running rates and the numbers
             of the tables; or one column of zeros.
         numerical_names: of the columns of `numerical`.
@@ -105,7 +135,8 @@ class RetailRocketRLDataset(Dataset[Example]):
         self.ground_truth = None if ground_truth is None else ground_truth.iloc[order].reset_index(drop=True)
         feature_tables = [FeatureTable("itemid", items)] if isinstance(items, pd.DataFrame) else items
         self.keys: dict[str, Ids] = {key: table[key].to_numpy(copy=True) for key, _ in feature_tables}
-        self.fields = _categorical_columns(table, feature_tables, field_names)
+        self.fields: Mapping[str, CategoricalColumn | MappedColumn] = _categorical_columns(table, feature_tables,
+                                                                                           field_names)
         self.numerical_names = ["zero"] if numerical == "none" else session_feature_names(label_names)
         if numerical == "none":
             self.numerical: Floats = np.zeros((len(table), 1), np.float32)
@@ -116,17 +147,31 @@ class RetailRocketRLDataset(Dataset[Example]):
                 self.numerical = np.hstack([self.numerical, rates.to_numpy(np.float32)[order]])
                 self.numerical_names += map(str, rates.columns)
         self._numerical_mode = numerical
-        self._categorical: Ids | None = None
+        self._categorical: Ids | MappedIds | None = None
         self.field_dims: list[int] = []
         self.vocabulary = ""
 
+    @classmethod
+    def of(cls, arrays: Arrays, numerical: NumericalMode) -> RetailRocketRLDataset:
+        """A split whose arrays are memory-mapped."""
+        dataset = cls.__new__(cls)
+        dataset.__dict__ |= {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays)}
+        dataset.source, dataset._numerical_mode, dataset._categorical = {}, numerical, None
+        dataset.field_dims, dataset.vocabulary = [], ""
+        return dataset
+
     @property
-    def categorical(self) -> Ids:
+    def is_mapped(self) -> bool:
+        """Whether the arrays are memory-mapped files."""
+        return any(isinstance(column, MappedColumn) for column in self.fields.values())
+
+    @property
+    def categorical(self) -> Ids | MappedIds:
         if self._categorical is None:
             raise UserError("the data set has no ids yet: map it, Catemapper(0.2).fit(train).map(dataset)")
         return self._categorical
 
-    def set_ids(self, categorical: Ids, field_dims: Sequence[int], vocabulary: str = "") -> None:
+    def set_ids(self, categorical: Ids | MappedIds, field_dims: Sequence[int], vocabulary: str = "") -> None:
         """Set the ids (n, F) of the rows; `vocabulary` is the digest of their mapping."""
         self._categorical, self.field_dims, self.vocabulary = categorical, list(field_dims), vocabulary
 
@@ -211,57 +256,100 @@ class Log:
         return [str(task["label"]) for task in self.manifest["tasks"]]
 
 
-def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0) -> Splits:
+@dataclass(frozen=True)
+class Folder:
+    """A folder of MDP tables before they are read: the files of its tables by name, its manifest, and the fingerprint
+    of its content."""
+
+    path: Path
+    files: dict[str, Path]
+    manifest: dict[str, Any]
+    fingerprint: str
+    has_manifest: bool
+
+    @property
+    def row_count(self) -> int:
+        """The number of rows, about: that of the lines."""
+        return sum(count_lines(self.files[split]) for split in SPLITS)
+
+
+def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0, data: DataMode = "auto") -> Splits:
     """Read a folder of MDP tables, with the labels of its first `task_num` tasks (0: of all); features are those of all
-    tasks. Raises UserError naming file, line and column of an error, and where there are fewer tasks."""
-    log = read_log(path)
-    tasks = log.manifest["tasks"]
+    tasks.
+
+    data: `memory`: arrays in memory; `mapped`: memory-mapped files, which are made beside the tables once; `auto`:
+        mapped where the tables would need more than half of the free memory.
+
+    Raises UserError naming file, line and column of an error, and where there are fewer tasks.
+    """
+    folder = open_folder(path)
+    manifest, fingerprint = folder.manifest, folder.fingerprint
+    tasks = manifest["tasks"]
     if task_num > len(tasks):
         raise UserError(f"--task_num: {task_num}, but {path} has {len(tasks)}: "
                         + ", ".join(task["name"] for task in tasks))
-    is_simulated = "truth.csv" in log.manifest.get("outputs", ())
-    ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
-    datasets = make_datasets(log, log.tables, numerical, ground_truth)
-    manifest = {**log.manifest, "tasks": tasks[: task_num or len(tasks)]}
-    splits = Splits(**datasets, manifest=manifest, fingerprint=log.fingerprint)
+    needed = folder.row_count * BYTES_PER_ROW
+    if data == "mapped" or (data == "auto" and needed > MEMORY_FRACTION * available_memory()):
+        arrays = open_arrays(path, folder.files, manifest, fingerprint, numerical, not folder.has_manifest)
+        datasets = {split: RetailRocketRLDataset.of(arrays[split], numerical) for split in SPLITS}
+    else:
+        log = read_tables_of(folder)
+        is_simulated = "truth.csv" in manifest.get("outputs", ())
+        ground_truth = _read_ground_truth(path / "truth.csv", log.tables, manifest) if is_simulated else {}
+        datasets = make_datasets(log, log.tables, numerical, ground_truth)
+    splits = Splits(**datasets, manifest={**manifest, "tasks": tasks[: task_num or len(tasks)]},
+                    fingerprint=fingerprint)
     for dataset in datasets.values():
-        dataset.labels = np.ascontiguousarray(dataset.labels[:, : len(splits.task_names)])
+        kept = len(splits.task_names)
+        if kept < dataset.labels.shape[1]:
+            dataset.labels = dataset.labels[:, :kept] if dataset.is_mapped else dataset.labels[:, :kept].copy()
+        _describe(dataset, manifest, fingerprint)
         dataset.source |= {"tasks": splits.task_names, "given": splits.given}
     return splits
 
 
-def read_log(path: Path) -> Log:
-    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
+def open_folder(path: Path) -> Folder:
+    """Check that a folder of MDP tables is complete and unchanged. Raises UserError."""
     if not path.exists():
         raise UserError(f"{path}: no such data set: python3 SLmain.py simulates one, python3 -m dataset.prepare makes "
                         "one from raw files")
     has_manifest = os.path.lexists(path / "manifest.json")
     manifest = read_manifest(path / "manifest.json") if has_manifest else dict(PAPER_MANIFEST)
-    files = [*(f"{split}.csv" for split in SPLITS), *manifest["tables"]]
-    missing = [name for name in files if not (path / name).exists()]
+    files = {**{split: f"{split}.csv" for split in SPLITS}, **{name: name for name in manifest["tables"]}}
+    missing = [name for name in files.values() if not (path / name).exists()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "again with python3 -m dataset.prepare")
-    for name in files:
+    for name in files.values():
         require_regular_file(path / name)
-    rows = sum(count_lines(path / f"{split}.csv") for split in SPLITS)
-    require_free_memory(rows * BYTES_PER_ROW, f"{path}: {rows:,} rows")
     if has_manifest:
-        verify_checksums(path, files, manifest)
-    outputs = manifest["outputs"] if has_manifest else {name: sha256(path / name) for name in files}
+        verify_checksums(path, [*files.values()], manifest)
+    outputs = manifest["outputs"] if has_manifest else {name: sha256(path / name) for name in files.values()}
     schema = [manifest[key] for key in FINGERPRINT_KEYS]
     schema += [manifest[key] for key in ("numbers", "id_fields") if manifest[key]]
     schema_json = json.dumps(schema, sort_keys=True)
-    fingerprint = hashlib.sha256(("".join(outputs[name] for name in files) + schema_json).encode()).hexdigest()[:16]
+    digests = "".join(outputs[name] for name in files.values())
+    fingerprint = hashlib.sha256((digests + schema_json).encode()).hexdigest()[:16]
+    return Folder(path, {key: path / name for key, name in files.items()}, manifest, fingerprint, has_manifest)
 
-    tables, feature_tables = read_tables(path, manifest, is_published=not has_manifest)
-    log = Log(tables, feature_tables, manifest, fingerprint)
+
+def read_log(path: Path) -> Log:
+    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
+    return read_tables_of(open_folder(path))
+
+
+def read_tables_of(folder: Folder) -> Log:
+    """The tables of a folder, in memory. Raises UserError as `read_log`, and where they would not fit."""
+    rows = folder.row_count
+    require_free_memory(rows * BYTES_PER_ROW, f"{folder.path}: {rows:,} rows in memory (--data=mapped needs less)")
+    tables, feature_tables = read_tables(folder.path, folder.manifest, is_published=not folder.has_manifest)
+    log = Log(tables, feature_tables, folder.manifest, folder.fingerprint)
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, log.labels)
-        if contradiction := find_contradiction(path / f"{split}.csv", table, manifest["tasks"]):
+        _log_row_repairs(folder.files[split], table, log.labels)
+        if contradiction := find_contradiction(folder.files[split], table, folder.manifest["tasks"]):
             print(contradiction)  # of a task that is given another by default
     for name, feature_table in feature_tables.items():
-        _log_normalized(path / name, feature_table, manifest["categorical"])
+        _log_normalized(folder.files[name], feature_table, folder.manifest["categorical"])
     return log
 
 
@@ -288,10 +376,14 @@ def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: Numer
                                             history.get(name), further.iloc[ends[name] - len(table):ends[name]])
                 for name, table in tables.items()}
     for dataset in datasets.values():
-        dataset.source = {"data": log.fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
-        dataset.long_tailed = list(manifest["long_tailed"])
-        dataset.history_key = str(manifest["history"])
+        _describe(dataset, manifest, log.fingerprint)
     return datasets
+
+
+def _describe(dataset: RetailRocketRLDataset, manifest: Mapping[str, Any], fingerprint: str) -> None:
+    dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
+    dataset.long_tailed = list(manifest["long_tailed"])
+    dataset.history_key = str(manifest["history"])
 
 
 def find_folder(path: Path, name: str) -> Path:

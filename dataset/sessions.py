@@ -28,6 +28,13 @@ class SessionIndex:
         self.ends = np.append(self.starts[1:], len(session)) - 1
         self.row_start = np.repeat(self.starts, self.lengths)
 
+    @classmethod
+    def of(cls, starts: NDArray[np.int64], ends: NDArray[np.int64], row_start: NDArray[np.int64]) -> SessionIndex:
+        """The index of these attributes, such as mapped ones."""
+        index = cls.__new__(cls)
+        index.starts, index.ends, index.row_start = starts, ends, row_start
+        return index
+
     @property
     def lengths(self) -> NDArray[np.int64]:
         """The number of rows of each session, (S,)."""

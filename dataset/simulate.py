@@ -254,16 +254,20 @@ def config_from_manifest(simulation: Any, path: Path) -> SimulationConfig:
 def read_ground_truth(path: Path, config: SimulationConfig, optional: Sequence[str] = ()) -> pd.DataFrame:
     """Read truth.csv of a simulated log. Raises UserError naming row and column of a value that is out of range."""
     ground_truth = read_table(path, GROUND_TRUTH_SCHEMA, optional)
-    ranges = {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
-              "category": (0, num_categories(config) - 1), "position": (1, MAX_SESSION_LENGTH),
-              "itemid": (1, 2 * config.items)}
-    for name, (low, high) in ranges.items():
+    for name, (low, high) in ground_truth_ranges(config).items():
         is_invalid = ~ground_truth[name].between(low, high).to_numpy()
         if is_invalid.any():
             row = int(is_invalid.argmax())
             raise UserError(f"{cell_location(path, row, name)}: {ground_truth[name][row]} is not between {low:g} and "
                             f"{high:g}")
     return ground_truth
+
+
+def ground_truth_ranges(config: SimulationConfig) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of the columns of truth.csv."""
+    return {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
+            "category": (0, num_categories(config) - 1), "position": (1, MAX_SESSION_LENGTH),
+            "itemid": (1, 2 * config.items)}
 
 
 def num_categories(config: SimulationConfig) -> int:

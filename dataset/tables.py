@@ -293,20 +293,31 @@ def read_tables(folder: Path, manifest: Mapping[str, Any],
 
 def find_contradiction(path: Path, table: pd.DataFrame, tasks: Sequence[Mapping[str, str]]) -> str:
     """What the first row says that has an outcome without the one that it is given (`task_parents`); "" for none."""
-    parents = task_parents(tasks, path)
-    for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False):
-        label, given = task["label"], tasks[parent]["label"]
+    for label, given in task_pairs(tasks, path):
         is_wrong = (table[label] > table[given]).to_numpy()
-        if parent >= 0 and is_wrong.any():
-            return (f"{cell_location(path, int(is_wrong.argmax()), label)}: 1, but '{given}', which it implies, is 0 "
-                    f"({int(is_wrong.sum()):,} such rows)")
+        if is_wrong.any():
+            return contradiction_message(path, int(is_wrong.argmax()), label, given, int(is_wrong.sum()))
     return ""
 
 
+def task_pairs(tasks: Sequence[Mapping[str, str]], path: Path) -> list[tuple[str, str]]:
+    """The labels of the tasks that are given another one, with that one's label."""
+    parents = task_parents(tasks, path)
+    return [(task["label"], tasks[parent]["label"])
+            for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False) if parent >= 0]
+
+
+def contradiction_message(path: Path, row: int, label: str, given: str, count: int) -> str:
+    return f"{cell_location(path, row, label)}: 1, but '{given}', which it implies, is 0 ({count:,} such rows)"
+
+
+def feature_schema(key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> dict[str, ColumnType]:
+    """The columns of a feature table with their types."""
+    return {key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
+
+
 def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> FeatureTable:
-    schema: dict[str, ColumnType] = {
-        key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
-    table = read_table(path, schema)
+    table = read_table(path, feature_schema(key, fields, numbers))
     duplicates = table[key].duplicated().to_numpy()
     if duplicates.any():
         row = int(duplicates.argmax())
@@ -316,7 +327,7 @@ def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Seq
 
 
 def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = False) -> pd.DataFrame:
-    schema, optional = _split_schema(manifest, labels_optional)
+    schema, optional = split_schema(manifest, labels_optional)
     table = read_table(path, schema, optional)
     if "sessionid" not in table:
         if "visitorid" not in table:
@@ -328,7 +339,7 @@ def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = 
 def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any]) -> None:
     """Raise UserError, beginning with `where`, if a column of the rows is missing, or is the time of no label; print
     which columns are not used."""
-    schema, optional = _split_schema(manifest)
+    schema, optional = split_schema(manifest)
     require_columns(where, names, schema, optional)
     unused = [name for name in names if name not in schema]
     labels = ", ".join(str(task["label"]) for task in manifest["tasks"])
@@ -340,8 +351,8 @@ def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any])
         print(f"{where}: not used, since no entry of the manifest names them: {', '.join(unused)}")
 
 
-def _split_schema(manifest: Mapping[str, Any],
-                  labels_optional: bool = False) -> tuple[dict[str, ColumnType], list[str]]:
+def split_schema(manifest: Mapping[str, Any],
+                 labels_optional: bool = False) -> tuple[dict[str, ColumnType], list[str]]:
     """The columns of a split with their types, and which of them may be absent."""
     labels = [str(task["label"]) for task in manifest["tasks"]]
     event_times = [f"{label}_time" for label in labels]

@@ -12,6 +12,8 @@ import numpy as np
 
 from common.errors import UserError
 from common.fileio import read_json, write_json
+from dataset.arrays import MappedColumn, MappedIds
+from dataset.features import Ids
 from dataset.rtrl import RetailRocketRLDataset, Splits
 
 MANY_VALUES = 100  # a field with more is long-tailed, if the data set has no list of long-tailed fields
@@ -51,15 +53,15 @@ class Catemapper:
         if long_tailed is None:
             long_tailed = dataset.long_tailed
         if long_tailed is None:
-            long_tailed = [name for name, column in dataset.fields.items() if len(column.values) > MANY_VALUES]
+            long_tailed = [name for name, column in dataset.fields.items() if len(column) > MANY_VALUES]
         self.ids = {}
         for name, column in dataset.fields.items():
-            counts = np.bincount(column.codes[column.codes >= 0], minlength=len(column.values))
-            order = sorted(np.flatnonzero(counts), key=lambda code: (-counts[code], column.values[code]))
-            if name in long_tailed and order:
-                coverage = np.cumsum(counts[order]) / counts.sum()
-                order = order[: int(np.searchsorted(coverage, self.threshold - 1e-12)) + 1] if self.threshold else []
-            self.ids[name] = {str(column.values[code]): number for number, code in enumerate(order, start=1)}
+            frequencies = column.frequencies
+            kept = len(frequencies)
+            if name in long_tailed and kept:
+                coverage = np.cumsum(frequencies) / frequencies.sum()
+                kept = int(np.searchsorted(coverage, self.threshold - 1e-12)) + 1 if self.threshold else 0
+            self.ids[name] = {value: number for number, value in enumerate(column.most_frequent(kept), start=1)}
         return self
 
     def map(self, dataset: RetailRocketRLDataset) -> RetailRocketRLDataset:
@@ -67,12 +69,11 @@ class Catemapper:
         missing = [name for name in self.ids if name not in dataset.fields]
         if missing:
             raise UserError(f"category mapping: field '{missing[0]}' is not one of {', '.join(dataset.fields)}")
-        columns = []
-        for name, ids in self.ids.items():
-            column = dataset.fields[name]
-            lookup = np.array([*(ids.get(str(value), 0) for value in column.values), 0], np.int64)  # [-1]: missing
-            columns.append(lookup[column.codes])
-        dataset.set_ids(np.column_stack(columns), self.field_dims, self.digest)
+        columns = [dataset.fields[name] for name in self.ids]
+        mapped = [column for column in columns if isinstance(column, MappedColumn)]
+        categorical: Ids | MappedIds = MappedIds(mapped, [*self.ids.values()]) if mapped else np.column_stack(
+            [column.lookup(ids)[column.codes] for column, ids in zip(columns, self.ids.values(), strict=True)])
+        dataset.set_ids(categorical, self.field_dims, self.digest)
         return dataset
 
     def state_dict(self) -> dict[str, Any]:

@@ -39,6 +39,9 @@ class EmbeddingLayer(nn.Module):
         return self.embedding(pad_to_longest(ids))[:len(ids)] if self.sharded else self.embedding(ids)
 
 
+STANDARDIZER_BLOCK = 2**21  # rows; more of them are summed in blocks
+
+
 class Standardizer(nn.Module):
     """(n - mean) / std of numbers (..., N); mean and std (N,) are buffers, 0 and 1 until they are fitted."""
 
@@ -52,9 +55,15 @@ class Standardizer(nn.Module):
     def fit(self, numbers: Tensor) -> None:
         """Take mean and std of the rows of numbers (n, N'); numbers from N' on, the context of an encoder, stay as they
         are. 1e-3 is added to a std, as TD3+BC does; that of a constant number is 1."""
-        width, numbers = numbers.shape[1], numbers.double()
-        std = numbers.std(dim=0, correction=min(1, len(numbers) - 1))
-        self.mean[:width] = numbers.mean(dim=0)
+        width, blocks = numbers.shape[1], numbers.split(STANDARDIZER_BLOCK)
+        if len(blocks) == 1:
+            mean = numbers.double().mean(dim=0)
+            std = numbers.double().std(dim=0, correction=min(1, len(numbers) - 1))
+        else:
+            mean = torch.stack([block.double().sum(dim=0) for block in blocks]).sum(dim=0) / len(numbers)
+            squares = torch.stack([((block.double() - mean)**2).sum(dim=0) for block in blocks]).sum(dim=0)
+            std = (squares / (len(numbers) - 1)).sqrt()
+        self.mean[:width] = mean
         self.std[:width] = torch.where(std > 0, std + 1e-3, 1.0)
 
     def forward(self, numbers: Tensor) -> Tensor:

@@ -112,6 +112,9 @@ class Arguments(Settings):
     # data and files
     dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
     dataset_path: str = option("dataset", "the folder of data sets")
+    data: str = option("auto", "where the data are: memory; mapped, in memory-mapped files, which are made beside the "
+                       "tables once; auto, mapped where the tables need more than half of the free memory. The results "
+                       "are the same", choices=["auto", "memory", "mapped"])
     feature_map_rate: float = option(
         0.2, "long-tailed fields keep their most frequent values up to this fraction of the rows; others share an id",
         low=0, high=1)
@@ -149,7 +152,7 @@ class Arguments(Settings):
         """The command that creates what is missing, `python3 <program> --<name>=<value>`, with the same sizes, data and
         states."""
         same = [setting for setting in fields(Arguments)
-                if setting.name not in ("device", "precision", "seed", "resume", "track", "epoch", "batch_size",
+                if setting.name not in ("data", "device", "precision", "seed", "resume", "track", "epoch", "batch_size",
                                         "save_dir")]
         words = [f"python3 {program} --{name}={value}", *_flags(self, same)]
         stem = f"{self.dataset_name}_{self.critic_stem(value)}".removeprefix("rt_")
@@ -314,7 +317,7 @@ ALIASES = {
     "l2_reg": ("weight_decay",), "gpu": ("device=cuda",), "cuda": ("device=cuda",), "use_gpu": ("device=cuda",),
     "cpu": ("device=cpu",), "bs": ("batch_size",), "epochs": ("epoch",), "num_epochs": ("epoch",),
     "n_epochs": ("epoch",), "max_epochs": ("epoch",), "dim": ("embed_dim",), "emb_dim": ("embed_dim",),
-    "embedding_dim": ("embed_dim",), "embedding_size": ("embed_dim",), "data": ("dataset_name",),
+    "embedding_dim": ("embed_dim",), "embedding_size": ("embed_dim",),
     "dataset": ("dataset_name",), "data_path": ("dataset_path",), "data_dir": ("dataset_path",),
     "num_experts": ("expert_num",), "n_experts": ("expert_num",), "num_tasks": ("task_num",), "n_tasks": ("task_num",),
     "lambda": ("polish",), "discount": ("gamma",), "buffer_size": ("memory_size",), "output": ("save_dir", "out"),

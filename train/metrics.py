@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pandas.util import hash_array
 from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
@@ -17,6 +18,7 @@ from common.errors import UserError, truncate
 from dataset.rtrl import RetailRocketRLDataset
 from dataset.sessions import SessionIndex
 
+BLOCK_ROWS = 2**21  # of a larger split, metrics are summed over blocks
 PROB_EPS = 1e-7  # predictions are clipped to [PROB_EPS, 1 - PROB_EPS] in the logloss
 
 
@@ -39,13 +41,65 @@ def compute_metrics(predictions: Sequence[NDArray[np.floating[Any]]], labels: ND
 def task_metrics(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
                  session: NDArray[np.int64], user: NDArray[np.int64]) -> Metrics:
     """Compare one task's predictions (n,) with labels (n,) of sessions (n,), whose rows are neighbours, and users (n,).
+
+    Beyond `BLOCK_ROWS` rows the sums are over blocks, so that hardly any memory is needed besides these arrays.
     """
-    p = np.clip(predictions.astype(np.float64), PROB_EPS, 1 - PROB_EPS)
-    losses = -np.where(labels > 0, np.log(p), np.log1p(-p))
-    auc = roc_auc_score(labels, predictions) if 0 < labels.sum() < len(labels) else float("nan")
-    session_gauc = group_auc(predictions, labels, session)
-    return Metrics(float(auc), float(losses.mean()), float(SessionIndex(session).mean(losses).mean()), session_gauc,
-                   session_gauc if user is session else group_auc(predictions, labels, user))
+    loss = session_loss = 0.0
+    sessions, session_auc = 0, GroupAUC()
+    for rows in session_blocks(session):
+        p = np.clip(predictions[rows].astype(np.float64), PROB_EPS, 1 - PROB_EPS)
+        losses = -np.where(labels[rows] > 0, np.log(p), np.log1p(-p))
+        index = SessionIndex(session[rows])
+        session_auc.add(predictions[rows], labels[rows], session[rows])
+        loss, session_loss = loss + losses.sum(), session_loss + index.mean(losses).sum()
+        sessions += len(index.starts)
+    if user is not session:
+        user_auc = GroupAUC()
+        for part in user_parts(user):
+            user_auc.add(predictions[part], labels[part], user[part])
+    return Metrics(auc_of(predictions, labels), float(loss / len(labels)), float(session_loss / sessions),
+                   session_auc.mean, session_auc.mean if user is session else user_auc.mean)
+
+
+def session_blocks(session: NDArray[np.int64]) -> Iterator[slice]:
+    """All rows in blocks of about `BLOCK_ROWS` that end with a session."""
+    start = 0
+    while start < len(session):
+        stop = min(start + BLOCK_ROWS, len(session))
+        while stop < len(session) and session[stop] == session[stop - 1]:
+            stop += 1
+        yield slice(start, stop)
+        start = stop
+
+
+def user_parts(user: NDArray[np.int64]) -> Iterator[Any]:
+    """All rows in parts of about `BLOCK_ROWS` that have all rows of their users."""
+    parts = -(-len(user) // BLOCK_ROWS)
+    if parts <= 1:
+        yield slice(None)
+        return
+    for part in range(parts):
+        yield np.concatenate([start + np.flatnonzero(hash_array(user[start:start + BLOCK_ROWS]) % parts == part)
+                              for start in range(0, len(user), BLOCK_ROWS)])
+
+
+def auc_of(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32]) -> float:
+    """The AUC of predictions (n,), nan where labels (n,) are of one class. Beyond `BLOCK_ROWS` rows it is counted: the
+    rarer class is sorted, the rows of the other look up their place in it block by block."""
+    positives = int(labels.sum(dtype=np.float64))
+    if not 0 < positives < len(labels):
+        return float("nan")
+    if len(labels) <= BLOCK_ROWS:
+        return float(roc_auc_score(labels, predictions))
+    rare_is_positive = 2 * positives < len(labels)
+    blocks = [slice(start, start + BLOCK_ROWS) for start in range(0, len(labels), BLOCK_ROWS)]
+    rare = np.sort(np.concatenate([predictions[rows][(labels[rows] > 0) == rare_is_positive] for rows in blocks]))
+    below = 0  # twice the rare predictions below each other one; a tie counts 1
+    for rows in blocks:
+        other = predictions[rows][(labels[rows] > 0) != rare_is_positive]
+        below += int((np.searchsorted(rare, other, "left") + np.searchsorted(rare, other, "right")).sum())
+    share = below / (2 * len(rare) * (len(labels) - len(rare)))
+    return 1 - share if rare_is_positive else share
 
 
 def group_auc(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32], group: NDArray[np.int64]) -> float:
@@ -54,6 +108,32 @@ def group_auc(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32
     n_g is the number of rows of group g, AUC_g the fraction of its pairs of a positive and a negative row in which the
     positive one has the higher prediction; a tie counts 1/2. nan where no group has both classes.
     """
+    total = GroupAUC()
+    total.add(predictions, labels, group)
+    return total.mean
+
+
+class GroupAUC:
+    """The sums of `group_auc` over parts of the rows, each with all rows of its groups."""
+
+    def __init__(self) -> None:
+        self.won, self.rows = 0.0, 0
+
+    def add(self, predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
+            group: NDArray[np.int64]) -> None:
+        """Add the groups of rows (n,)."""
+        won, lengths = _won_pairs(predictions, labels, group)
+        self.won, self.rows = self.won + float(np.multiply(won, lengths).sum()), self.rows + int(lengths.sum())
+
+    @property
+    def mean(self) -> float:
+        """The group AUC; nan where no group has both classes."""
+        return self.won / self.rows if self.rows else float("nan")
+
+
+def _won_pairs(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32],
+               group: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """The AUC of each group that has both classes, and its number of rows."""
     order = np.lexsort((predictions, group))
     p, g, y = predictions[order], group[order], labels[order] > 0
     groups = SessionIndex(g)
@@ -64,7 +144,7 @@ def group_auc(predictions: NDArray[np.floating[Any]], labels: NDArray[np.float32
     positive = np.add.reduceat(y.astype(np.int64), groups.starts)
     pairs = positive * (groups.lengths - positive)
     mixed = pairs > 0
-    return float(np.average(won[mixed] / pairs[mixed], weights=groups.lengths[mixed])) if mixed.any() else float("nan")
+    return won[mixed] / pairs[mixed], groups.lengths[mixed]
 
 
 LEAKAGE_AUC = 0.99  # an AUC that clicks and purchases never have

@@ -119,11 +119,11 @@ class RlLossPolisher:
 
         Effective sample size, as a fraction of the samples: (sum w)^2 / (n sum w^2), 1 where all weights are equal.
         """
-        weights = distributed.all_gather_rows(torch.cat(self._weight_buffer)).double().cpu().numpy()  # (n, T)
+        weights = distributed.all_gather_rows(torch.cat(self._weight_buffer))  # (n, T)
         self._weight_buffer = []
         statistics: dict[str, float] = {}
         for task, name in enumerate(task_names[: weights.shape[1]]):
-            w = weights[:, task]
+            w = weights[:, task].double().cpu().numpy()
             statistics[f"weight_mean_{name}"] = float(w.mean())
             for q in (0.05, 0.5, 0.95):
                 statistics[f"weight_q{100 * q:02.0f}_{name}"] = float(np.quantile(w, q))
@@ -246,7 +246,7 @@ def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str
     if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
     config = run_dir.read_config()
-    free = ("resume", "device", "track", "task_num", "critic_model", "critic_dir", "critic_encoder")
+    free = ("resume", "data", "device", "track", "task_num", "critic_model", "critic_dir", "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []

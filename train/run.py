@@ -16,7 +16,7 @@ from common import distributed
 from common.errors import UserError
 from dataset.features import NumericalMode
 from dataset.prepare import prepare
-from dataset.rtrl import Splits, find_folder, load_splits
+from dataset.rtrl import DataMode, Splits, find_folder, load_splits
 from dataset.simulate import SimulationConfig, simulate
 from slmodels import build
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, load_model
@@ -27,11 +27,13 @@ __all__ = ["get_dataset", "get_model", "load_model", "one_iter_offline", "plot_l
            "test", "train_and_test_offline"]
 
 
-def get_dataset(name: str, path: str | Path, numerical: str = "rates", task_num: int = 0) -> Splits:
+def get_dataset(name: str, path: str | Path, numerical: str = "rates", task_num: int = 0,
+                data: str = "auto") -> Splits:
     """Read the MDP tables of a data set; where `rt` is absent it is simulated first.
 
     path: the folder above that of the data set, which has its `name`; or that folder itself, or its train.csv.
     task_num: how many of its tasks, the first ones; 0: all.
+    data: memory, mapped or auto, see `dataset.rtrl.load_splits`.
 
     Raises UserError where the folder is incomplete, a file in it is wrong, or it has fewer tasks; and where `rt` is
     absent, but there are tables of somebody's in the place where it would be simulated.
@@ -51,7 +53,7 @@ def get_dataset(name: str, path: str | Path, numerical: str = "rates", task_num:
         with contextlib.suppress(FileNotFoundError):
             folder.rmdir()
         prepare(raw, folder)
-    return load_splits(folder, cast(NumericalMode, numerical), task_num)
+    return load_splits(folder, cast(NumericalMode, numerical), task_num, cast(DataMode, data))
 
 
 def get_model(name: str, categorical_field_dims: Sequence[int], numerical_num: int, task_num: int, expert_num: int,

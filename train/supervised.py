@@ -179,11 +179,14 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
     model.eval()
     bar: dict[str, Any] = {"leave": leave, "disable": None, **({} if leave else {"desc": "predict", "unit": "batch"})}
     if isinstance(data_loader, TensorLoader):
-        unique_rows, inverse = data_loader.unique_rows
-        chunks = [model(*(x.to(device) for x in data_loader.take(rows)[:2]))
-                  for rows in tqdm(distributed.equal_part(unique_rows).split(data_loader.batch_size), **bar)]
-        predictions = distributed.all_gather_rows(torch.cat(chunks))[inverse.to(device)]
-        labels = data_loader.tensors[2]
+        rows, inverse = ((torch.arange(len(data_loader.session)), None) if data_loader.is_large else
+                         data_loader.unique_rows)
+        rows = distributed.equal_part(rows)
+        predictions = distributed.all_gather_rows(_in_rows(
+            len(rows), (model(*(x.to(device) for x in data_loader.take(part)[:2])) for part in
+                        tqdm(rows.split(data_loader.batch_size), **bar))))
+        predictions = predictions[:len(data_loader.session)] if inverse is None else predictions[inverse.to(device)]
+        labels = data_loader.labels
     else:
         pairs = [(model(ids, numbers), labels) for ids, numbers, labels in
                  (_on_device(batch, device) for batch in tqdm(data_loader, **bar))]
@@ -198,6 +201,17 @@ def _predict(model: nn.Module, data_loader: Iterable[Any], task_num: int, device
     if nonfinite is not None:
         raise _divergence_error(f"task {nonfinite}: predictions contain NaN/Inf", model)
     return values, labels[:, :task_num].cpu().numpy()
+
+
+def _in_rows(count: int, chunks: Iterable[Tensor]) -> Tensor:
+    """The rows of all chunks, `count` together, of which no second copy is made."""
+    rows, filled = torch.empty(0), 0
+    for chunk in chunks:
+        if not filled:
+            rows = chunk.new_empty(count, *chunk.shape[1:])
+        rows[filled:filled + len(chunk)] = chunk
+        filled += len(chunk)
+    return rows
 
 
 def evaluate(model: nn.Module, data_loader: Iterable[Any], task_num: int, device: torch.device | str,

@@ -237,7 +237,8 @@ def test_loading_is_deterministic(rt_tables: Path, splits: Splits, numerical: Nu
 
 def test_a_table_larger_than_memory_is_refused(rt_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fileio, "available_memory", lambda: 2.0**20)
-    assert " rows: about 0.0 GiB of memory are needed" in user_error_message(lambda: load_splits(rt_tables))
+    assert (" rows in memory (--data=mapped needs less): about 0.0 GiB of memory are needed"
+            in user_error_message(lambda: load_splits(rt_tables, data="memory")))
 
 
 def test_find_folder(rt_tables: Path, tmp_path: Path) -> None:
