@@ -246,7 +246,8 @@ def _control_metrics(settings: SLArguments, start: str, task_names: Sequence[str
     if not run_dir.metrics.exists() or not run_dir.config.exists():
         return []
     config = run_dir.read_config()
-    free = ("resume", "data", "device", "track", "task_num", "critic_model", "critic_dir", "critic_encoder")
+    free = ("resume", "data", "device", "track", "shard_embeddings", "task_num", "critic_model", "critic_dir",
+            "critic_encoder")
     if config["start"] != start or any(config["settings"].get(name) != value
                                        for name, value in settings.plain().items() if name not in free):
         return []
