@@ -22,7 +22,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from common.csv_reader import cell_location, count_lines, log_repairs, normalize_category
+from common.csv_reader import cell_location, count_rows, log_repairs, normalize_category
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from dataset.features import (
@@ -35,7 +35,7 @@ from dataset.features import (
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, task_parents
+from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, table_file, task_parents
 from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
@@ -219,8 +219,9 @@ def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 
     if task_num > len(tasks):
         raise UserError(f"--task_num: {task_num}, but {path} has {len(tasks)}: "
                         + ", ".join(task["name"] for task in tasks))
-    is_simulated = "truth.csv" in log.manifest.get("outputs", ())
-    ground_truth = _read_ground_truth(path / "truth.csv", log.tables, log.manifest) if is_simulated else {}
+    truth = table_file(log.manifest, "truth")
+    is_simulated = truth in log.manifest.get("outputs", ())
+    ground_truth = _read_ground_truth(path / truth, log.tables, log.manifest) if is_simulated else {}
     datasets = make_datasets(log, log.tables, numerical, ground_truth)
     manifest = {**log.manifest, "tasks": tasks[: task_num or len(tasks)]}
     splits = Splits(**datasets, manifest=manifest, fingerprint=log.fingerprint)
@@ -237,14 +238,14 @@ def read_log(path: Path) -> Log:
                         "one from raw files")
     has_manifest = os.path.lexists(path / "manifest.json")
     manifest = read_manifest(path / "manifest.json") if has_manifest else dict(PAPER_MANIFEST)
-    files = [*(f"{split}.csv" for split in SPLITS), *manifest["tables"]]
+    files = [*(table_file(manifest, split) for split in SPLITS), *manifest["tables"]]
     missing = [name for name in files if not (path / name).exists()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
                         "again with python3 -m dataset.prepare")
     for name in files:
         require_regular_file(path / name)
-    rows = sum(count_lines(path / f"{split}.csv") for split in SPLITS)
+    rows = sum(count_rows(path / table_file(manifest, split)) for split in SPLITS)
     require_free_memory(rows * BYTES_PER_ROW, f"{path}: {rows:,} rows")
     if has_manifest:
         verify_checksums(path, files, manifest)
@@ -257,8 +258,9 @@ def read_log(path: Path) -> Log:
     tables, feature_tables = read_tables(path, manifest, is_published=not has_manifest)
     log = Log(tables, feature_tables, manifest, fingerprint)
     for split, table in tables.items():
-        _log_row_repairs(path / f"{split}.csv", table, log.labels)
-        if contradiction := find_contradiction(path / f"{split}.csv", table, manifest["tasks"]):
+        file = path / table_file(manifest, split)
+        _log_row_repairs(file, table, log.labels)
+        if contradiction := find_contradiction(file, table, manifest["tasks"]):
             print(contradiction)  # of a task that is given another by default
     for name, feature_table in feature_tables.items():
         _log_normalized(path / name, feature_table, manifest["categorical"])
@@ -296,7 +298,7 @@ def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: Numer
 
 def find_folder(path: Path, name: str) -> Path:
     """The folder of the data set `name`, given that folder, its `train.csv`, or its parent folder."""
-    if path.suffix == ".csv" or path.is_file():
+    if path.suffix in (".csv", ".parquet") or path.is_file():
         return path.parent
     child, is_named = path / name, path.name == name
     has_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
@@ -306,7 +308,7 @@ def find_folder(path: Path, name: str) -> Path:
 
 
 def _read_one_split(path: Path, numerical: NumericalMode) -> RetailRocketRLDataset:
-    if path.stem not in SPLITS or path.suffix != ".csv":
+    if path.stem not in SPLITS or path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path}: not a split of a data set: expected the path of a train.csv, val.csv or test.csv")
     require_regular_file(path)
     dataset: RetailRocketRLDataset = getattr(load_splits(path.parent, numerical), path.stem)
