@@ -19,6 +19,7 @@ import pandas as pd
 from common.device import pick_device
 from common.errors import UserError, cli_entry_point
 from common.fileio import atomic_file, check_writable
+from dataset.manifest import table_file
 from dataset.new_rows import row_columns
 from dataset.tables import SPLITS, read_split
 from slmodels.export import check_export, export_model
@@ -32,7 +33,7 @@ class PredictArguments(Settings):
     """Scoring and export: `predict.py`."""
 
     model: str = option("", "the file of the model, such as pretrain/rt_esmm.pt")
-    rows: str = option("", "CSV of the rows to score, in the columns of the MDP tables; labels are optional")
+    rows: str = option("", "file (CSV, .csv.gz or Parquet) of the rows to score, in the columns of the MDP tables; labels are optional")
     split: str = option("", "score a split of the data set instead", choices=["", *SPLITS])
     candidates: bool = option(False, "score each row as the next impression of its session, without the other rows: to "
                               "rank what could be shown")
@@ -67,7 +68,7 @@ def main(settings: PredictArguments) -> None:
 def score(predictor: Predictor, source: Path | None, settings: PredictArguments, out: Path) -> None:
     """Score the rows of a CSV, or of the split; write and print."""
     manifest = predictor.log.manifest
-    rows = read_split(source or predictor.folder / f"{settings.split}.csv", manifest, labels_optional=True)
+    rows = read_split(source or predictor.folder / table_file(manifest, settings.split), manifest, labels_optional=True)
     scores = predictor.predict(rows, settings.candidates)
     with atomic_file(out) as partial:
         pd.concat([rows[row_columns(manifest)], scores], axis=1).to_csv(partial, index=False)

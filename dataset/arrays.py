@@ -25,7 +25,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from common import distributed
-from common.csv_reader import cell_location, log_repairs, normalize_category, read_header, scan
+from common.csv_reader import cell_location, literal, log_repairs, normalize_category, quoted
 from common.duck import connect
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, read_json, sha256, write_json
@@ -40,10 +40,10 @@ from dataset.features import (
     session_features,
     smoothed_rates,
 )
-from dataset.manifest import id_columns
+from dataset.manifest import id_columns, table_file
 from dataset.sessions import SessionIndex
-from dataset.simulate import GROUND_TRUTH_SCHEMA, config_from_manifest, ground_truth_ranges
-from dataset.tables import SPLITS, check_columns, contradiction_message, feature_schema, split_schema, task_pairs
+from dataset.simulate import GROUND_TRUTH_SCHEMA, config_from_manifest, scan_ground_truth
+from dataset.tables import SPLITS, find_contradiction, scan_tables
 
 FORMAT = 1  # of the files here; another one is made again
 CHUNK_VECTORS = 128  # of 2,048 rows, which DuckDB hands over at a time
@@ -238,14 +238,6 @@ def _split_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Arrays
     return arrays
 
 
-def _quoted(name: str) -> str:
-    return '"' + name.replace('"', '""') + '"'
-
-
-def _escaped(path: Path) -> str:
-    return str(path).replace("'", "''")
-
-
 class _Builder:
     """Makes the arrays of a folder of tables. Columns of its tables have names of their own: k0, k1, ... are the ids of
     the rows, c0, ... the fields, x0, ... the numbers, l0, ... and t0, ... labels and the times of their outcomes."""
@@ -269,12 +261,12 @@ class _Builder:
         scratch.mkdir()
         with connect() as self.con:
             # Beside the arrays, where there is as much space, and removed with them if this process is killed.
-            for sql in (f"SET temp_directory = '{_escaped(scratch)}'",
-                        f"ATTACH '{_escaped(scratch / 'staged.db')}' AS staged", "USE staged"):
+            for sql in (f"SET temp_directory = {literal(scratch)}",
+                        f"ATTACH {literal(scratch / 'staged.db')} AS staged", "USE staged"):
                 self.con.execute(sql)
             self.con.create_function("normalize", normalize_category, ["VARCHAR"], "VARCHAR")
+            self.tables, self.feature_tables = scan_tables(self.con, self.path, self.manifest, self.is_published)
             offsets = self._stage_rows()
-            self._check_rows(offsets)
             self._stage_fields()
             self._join()
             self.position = self._array("position", (offsets[-1],), np.int64, scratch)
@@ -283,7 +275,8 @@ class _Builder:
                 self._write_history()
             if self.rates:
                 self._write_rates(scratch)
-            truth = self._write_ground_truth(offsets) if "truth.csv" in self.manifest.get("outputs", ()) else []
+            is_simulated = table_file(self.manifest, "truth") in self.manifest.get("outputs", ())
+            truth = self._write_ground_truth(offsets) if is_simulated else []
         for array in self.arrays.values():
             array.flush()  # type: ignore[attr-defined]
         shutil.rmtree(scratch)
@@ -293,72 +286,45 @@ class _Builder:
 
     def _stage_rows(self) -> list[int]:
         """Table `logged`: all rows, split by split in the files' order; return where the splits begin, and end."""
-        schema, optional = split_schema(self.manifest)
-        offsets, columns = [0], set[str]()
+        offsets = [0]
         for number, split in enumerate(SPLITS):
-            file = self.files[split]
-            rows = scan(self.con, file, schema, optional)
-            found = set(rows.columns)
-            if not self.is_published:
-                check_columns(f"{file}, line 1", read_header(file), self.manifest)
-            if not {"sessionid", "visitorid"} & found:
-                raise UserError(f"{file}, line 1: column 'sessionid' is missing (or the published 'visitorid')")
-            if number and (different := sorted(found ^ columns)):
-                raise UserError(f"{file}: column '{different[0]}' is in it or in {self.files[SPLITS[0]].name}, not in "
-                                "both")
-            columns = found
-            self.timed = [f"{label}_time" in found for label in self.labels]
+            rows, file = self.tables[split], self.files[split]
+            if contradiction := find_contradiction(file, rows, self.manifest["tasks"]):
+                print(contradiction)  # of a task that is given another by default
+            self.timed = [f"{label}_time" in rows.columns for label in self.labels]
             context = {field: self._field_sql(field) for field in self.manifest["context"]
                        if field in self.fields or field in self.numbers}
             selected = ", ".join([
-                f"{number}::UTINYINT AS split", f"row + {offsets[-1]} AS row", "timestamp AS ts",
-                f"{'sessionid' if 'sessionid' in found else 'visitorid'} AS session",
-                *(f"{_quoted(key)} AS k{at}" for at, key in enumerate(self.keys)), *context.values(),
-                *(f"{_quoted(label)} AS l{at}" for at, label in enumerate(self.labels)),
-                *(f"{_quoted(label + '_time')} AS t{at}" for at, label in enumerate(self.labels) if self.timed[at])])
+                f"{number}::UTINYINT AS split", f"row + {offsets[-1]} AS row", "timestamp AS ts", "sessionid AS session",
+                *(f"{quoted(key)} AS k{at}" for at, key in enumerate(self.keys)), *context.values(),
+                *(f"{quoted(label)} AS l{at}" for at, label in enumerate(self.labels)),
+                *(f"{quoted(label + '_time')} AS t{at}" for at, label in enumerate(self.labels) if self.timed[at])])
             rows.create_view("file_rows", replace=True)
             self.con.execute(("INSERT INTO logged " if number else "CREATE TABLE logged AS ")
                              + f"SELECT {selected} FROM file_rows")
             offsets.append(self._number("SELECT count(*) FROM logged"))
-            if offsets[-1] == offsets[-2]:
-                raise UserError(f"{file}: no rows below the header: is it the right file?")
+            self._log_outcome_times(number, file)
         return offsets
 
     def _field_sql(self, field: str) -> str:
         """A column of a file as a column here."""
         if field in self.numbers:
-            return f"{_quoted(field)} AS x{self.numbers.index(field)}"
-        text = f"coalesce({_quoted(field)}, '')"
+            return f"{quoted(field)} AS x{self.numbers.index(field)}"
+        text = f"coalesce({quoted(field)}, '')"
         return (f"CASE WHEN regexp_matches({text}, '^ | $|[.]0$|[^ -~]') THEN normalize({text}) ELSE {text} END "
                 f"AS c{self.fields.index(field)}")
 
-    def _check_rows(self, offsets: Sequence[int]) -> None:
-        """What `read_tables` and `read_log` check and print of the rows."""
-        if not self.is_published and (shared := self._first(
-                "SELECT s.split, o.split, s.session FROM (SELECT DISTINCT split, session FROM logged) s JOIN (SELECT "
-                "DISTINCT split, session FROM logged) o ON s.session = o.session AND s.split < o.split ORDER BY ALL")):
-            earlier, later = (self.files[SPLITS[split]] for split in shared[:2])
-            raise UserError(f"{later}: session {shared[2]} is in {earlier.name} too: splits must not share sessions")
-        for number, split in enumerate(SPLITS):
-            file, offset = self.files[split], offsets[number]
-            for label, given in task_pairs(self.manifest["tasks"], file):
-                wrong = f"split = {number} AND l{self.labels.index(label)} > l{self.labels.index(given)}"
-                count, row = self._first(f"SELECT count(*), min(row) FROM logged WHERE {wrong}")
-                if count:
-                    message = contradiction_message(file, row - offset, label, given, count)
-                    if any("given" in task for task in self.manifest["tasks"]) and not self.is_published:
-                        raise UserError(message)
-                    print(message)
-                    break
-            for at, label in enumerate(self.labels):
-                if self.timed[at]:
-                    counts = self._first(
-                        f"SELECT count(*) FILTER (l{at} > 0 AND t{at} < ts), count(*) FILTER (l{at} > 0 AND t{at} IS "
-                        f"NULL), count(*) FILTER (l{at} = 0 AND t{at} IS NOT NULL) FROM logged WHERE split = {number}")
-                    for count, repair in zip(counts, ("before their row: replaced by the row's time",
-                                                      "missing: replaced by the row's time",
-                                                      f"ignored because '{label}' is 0"), strict=True):
-                        log_repairs(file, count, f"times in column '{label}_time' {repair}")
+    def _log_outcome_times(self, number: int, file: Path) -> None:
+        """Print which times of outcomes are replaced or ignored in a split."""
+        for at, label in enumerate(self.labels):
+            if self.timed[at]:
+                counts = self._first(
+                    f"SELECT count(*) FILTER (l{at} > 0 AND t{at} < ts), count(*) FILTER (l{at} > 0 AND t{at} IS NULL), "
+                    f"count(*) FILTER (l{at} = 0 AND t{at} IS NOT NULL) FROM logged WHERE split = {number}")
+                for count, repair in zip(counts, ("before their row: replaced by the row's time",
+                                                  "missing: replaced by the row's time",
+                                                  f"ignored because '{label}' is 0"), strict=True):
+                    log_repairs(file, count, f"times in column '{label}_time' {repair}")
 
     def _stage_fields(self) -> None:
         """Tables `d0`, ...: the values of a field with their codes; and of each feature table one of its keys with the
@@ -383,19 +349,14 @@ class _Builder:
 
     def _stage_feature_table(self, number: int, name: str, key: str, fields: Sequence[str]) -> None:
         file, known = self.files[name], [field for field in fields if field in self.fields or field in self.numbers]
-        rows = scan(self.con, file, feature_schema(key, fields, self.numbers))
-        rows.create_view("file_rows", replace=True)
-        selected = ", ".join(["row", f"{_quoted(key)} AS key", *map(self._field_sql, known)])
+        self.feature_tables[name].create_view("file_rows", replace=True)
+        selected = ", ".join(["row", f"{quoted(key)} AS key", *map(self._field_sql, known)])
         self.con.execute(f"CREATE TABLE f{number} AS SELECT {selected} FROM file_rows")
         texts = [field for field in known if field not in self.numbers]
-        differ = [f"count(*) FILTER (coalesce({_quoted(field)}, '') != c{self.fields.index(field)})" for field in texts]
+        differ = [f"count(*) FILTER (coalesce({quoted(field)}, '') != c{self.fields.index(field)})" for field in texts]
         counts = self.con.execute(f"SELECT {', '.join(['1', *differ])} FROM (SELECT *, "
                                   f"{', '.join(['1', *map(self._field_sql, texts)])} FROM file_rows)").fetchone()
         changed = {field: count for field, count in zip(texts, (counts or ())[1:], strict=True) if count}
-        if double := self._first(f"SELECT row, key FROM f{number} JOIN (SELECT key, min(row) AS first FROM f{number} "
-                                 f"GROUP BY key HAVING count(*) > 1) USING (key) WHERE row > first ORDER BY row"):
-            raise UserError(f"{cell_location(file, double[0], key)}: duplicate {key.removesuffix('id')} {double[1]}: "
-                            "remove one of its rows")
         k, joins, columns = f"k{self.keys.index(key)}", "", [f"f{number}.key"]
         for field in known:
             if field in self.keys:
@@ -552,17 +513,12 @@ class _Builder:
 
     def _write_ground_truth(self, offsets: Sequence[int]) -> list[str]:
         """The truth of a simulated log, a column a file; return their names."""
-        path = self.path / "truth.csv"
+        path = self.path / table_file(self.manifest, "truth")
         config = config_from_manifest(self.manifest["simulation"], self.path / "manifest.json")
-        rows = scan(self.con, path, GROUND_TRUTH_SCHEMA, ["visitorid"])
+        rows = scan_ground_truth(self.con, path, config, ["visitorid"])
         names = [name for name in rows.columns if name in GROUND_TRUTH_SCHEMA]
         rows.create_view("file_rows", replace=True)
         self.con.execute("CREATE TABLE truth AS SELECT * FROM file_rows")
-        for name, (low, high) in ground_truth_ranges(config).items():
-            if wrong := self._first(f"SELECT row, {name} FROM truth WHERE NOT {name} BETWEEN {low} AND {high} "
-                                    "ORDER BY row"):
-                raise UserError(f"{cell_location(path, wrong[0], name)}: {wrong[1]} is not between {low:g} and "
-                                f"{high:g}")
         count = self._number("SELECT count(*) FROM truth")
         if count != offsets[-1]:
             raise UserError(f"{path}: {count} rows, but the tables have {offsets[-1]}")

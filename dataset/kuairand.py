@@ -1,20 +1,6 @@
-"""Raw KuaiRand logs (Gao et al., CIKM 2022): Pure, 1K and 27K share one layout. Step by step:
+"""Raw KuaiRand logs (Gao et al., CIKM 2022): Pure, 1K and 27K share one layout.
 
-1. All `log_standard_*.csv` are read. `log_random_*` and the monthly statistics are not: the former come from a
-   different policy, the latter contain counts of the future.
-2. Of rows with the same user, video and time the one with the longest play time is kept.
-3. Rows are ordered by time and cut 6:2:2 by number into train, val and test; rows of the same time stay together.
-4. A session is a user's rows inside one split; `--session_gap` also cuts after so many minutes without a row. Sessions
-   with fewer than `--min_session` rows (default 1) are dropped.
-5. click = is_click; long_view = is_click and long_view. A click is known immediately, a long view at the end of the
-   play time: click_time and long_view_time are these times (empty: never), so that features of later rows use only
-   outcomes that were known. `--tasks` names others: like, follow, comment, forward, hate and profile_enter are is_like,
-   is_follow and so on, each known at the end of the play time.
-6. The session features look back over all earlier rows of the user, those of earlier splits included: they are known
-   when a row is shown.
-7. Users and videos have a table each, of fields that later rows do not change; counts are read as their published
-   ranges. Values are normalized: 12 for 12.0. A user or video that is missing from its table has empty cells. Times
-   are Unix time in ms.
+The rules are the numbered comments above the SQL steps; each step makes one table.
 """
 
 from __future__ import annotations
@@ -22,21 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from common.csv_reader import ColumnType, concat_rows, normalize_category, read_table
+from common.csv_reader import ColumnType, literal, quoted
 from common.errors import UserError
-from dataset.tables import (
-    CountRow,
-    FeatureTable,
-    PreparedDataset,
-    find_csv,
-    number_sessions,
-    order_rows,
-    read_with_progress,
-    require_memory_for,
-)
+from dataset.engine import Engine
+from dataset.tables import CountRow, FeatureTable, PreparedDataset, find_csv, require_splits
 
 LOG_SCHEMA: dict[str, ColumnType] = {"user_id": "id", "video_id": "id", "time_ms": "id", "is_click": "label",
                                      "long_view": "label", "play_time_ms": "id", "tab": "optional_text"}
@@ -51,33 +26,34 @@ TASK_NAMES = {"click": "CTR", "long_view": "CTCVR",
               **{label: label for label in ("like", "follow", "comment", "forward", "hate", "profile_enter")}}
 TASKS = ("click", "long_view")
 MIN_SESSION_ROWS = 1
-LOG_MEMORY_FACTOR = 8.0  # bytes of memory per byte of CSV: 7.3 and 7.7 were measured, for 600,000 and 200,000 rows
+# `str.strip` and `str.isdigit` of `normalize_category`, in SQL
+SPACES = literal("".join(char for char in map(chr, range(0x3001)) if char.isspace()))
+WHOLE_NUMBER = r"'^-*\p{Nd}+[.]0$'"
+NUMBER = "'^[+-]?([0-9]+[.]?[0-9]*|[.][0-9]+)([eE][+-]?[0-9]+)?$'"
+MAX_DURATION_MS = 366 * 24 * 3600 * 1000
 
 
-def load_raw(raw_dir: Path, session_gap: float, min_session: int, labels: Sequence[str] = TASKS) -> PreparedDataset:
+def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int,
+             labels: Sequence[str] = TASKS) -> PreparedDataset:
     """Read the folder `raw_dir` of log_standard_*.csv, user_features_*.csv and video_features_basic_*.csv (may be .gz).
 
     labels: of the tasks, keys of `TASK_NAMES`. Raises UserError for another one; if a file is missing; or if a cell is
     invalid (file, line and column are named).
     """
     tasks = make_tasks(labels)
+    # 1. All `log_standard_*.csv` are read. `log_random_*` and the monthly statistics are not: the former come from a
+    # different policy, the latter contain counts of the future.
     logs, users, videos = (find_csv(raw_dir, pattern, "KuaiRand's folder `data`")
                            for pattern in ("log_standard_*", "user_features_*", "video_features_basic_*"))
-    require_memory_for(dict.fromkeys([*logs, *users, *videos], LOG_MEMORY_FACTOR))
-    others = [label for label in labels if label not in TASKS]
-    schema: dict[str, ColumnType] = {**LOG_SCHEMA, **{f"is_{label}": "label" for label in others}}
-    log = concat_rows(logs[0], (chunk for path in logs for chunk in read_with_progress(path, schema)))
-    rows, row_counts = _build_rows(log, session_gap, min_session, labels)
-    user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
-    video_table, video_counts = read_features(videos, "video_id", "itemid", (*VIDEO_FIELDS, DURATION), rows, "videos")
-    video_table[DURATION], num_invalid = _log2_bucket(video_table[DURATION])
-    video_counts.append(CountRow(f"invalid {DURATION} (not a number, negative or over a year): empty", num_invalid))
-    video_table.insert(1, "video_id", video_table["itemid"].astype(str))  # the video itself is a field as well
+    row_counts = _make_rows(engine, logs, session_gap, min_session, labels)
+    row_counts += make_users(engine, users)
+    row_counts += make_videos(engine, videos, has_duration=True)
+    outcomes = ", ".join(f"{quoted(label)}, {quoted(f'{label}_time')}" for label in labels)
     return PreparedDataset(
-        source="KuaiRand", rows=rows, row_counts=[*row_counts, *user_counts, *video_counts],
-        inputs=[*logs, *users, *videos],
-        feature_tables={"user_feadf.csv": FeatureTable("userid", user_table),
-                        "item_feadf.csv": FeatureTable("itemid", video_table)},
+        source="KuaiRand", rows=engine.result("rows").project(f"split, sessionid, timestamp, userid, itemid, tab, {outcomes}"),
+        row_counts=row_counts, inputs=[*logs, *users, *videos],
+        feature_tables={"user_feadf.csv": FeatureTable("userid", engine.result("users")),
+                        "item_feadf.csv": FeatureTable("itemid", engine.result("videos"))},
         context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=tasks)
 
 
@@ -97,78 +73,117 @@ def make_tasks(labels: Sequence[str]) -> list[dict[str, str]]:
     return tasks
 
 
-def _build_rows(log: pd.DataFrame, session_gap: float, min_session: int,
-                labels: Sequence[str]) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Steps 2 to 5: the MDP rows, with these labels, and the row counts."""
-    others = [label for label in labels if label not in TASKS]
-    order = np.lexsort((*(-log[f"is_{label}"] for label in others), log["tab"], -log["is_click"], -log["long_view"],
-                        -log["play_time_ms"], log["video_id"], log["user_id"], log["time_ms"]))
-    log = log.iloc[order].reset_index(drop=True)
-    is_duplicate = log.duplicated(["time_ms", "user_id", "video_id"]).to_numpy()
-    unique = log[~is_duplicate].reset_index(drop=True)
-    time, user, play_time = (unique[name].to_numpy() for name in ("time_ms", "user_id", "play_time_ms"))
-
-    ends = [int(np.searchsorted(time, time[min(int(fraction * len(unique)), len(unique) - 1)]))
-            for fraction in (0.6, 0.8)]
-    split = np.searchsorted(np.array(ends), np.arange(len(unique)), side="right")
-    session = number_sessions(user, time, split, session_gap)
-    click = unique["is_click"].to_numpy() > 0
-    is_long = unique["long_view"].to_numpy() > 0
-    long_view = click & is_long
-    candidates = pd.DataFrame({
-        "split": split, "sessionid": session, "timestamp": time, "userid": user, "itemid": unique["video_id"],
-        "tab": unique["tab"]})
-    outcomes = {"click": click, "long_view": long_view, **{label: unique[f"is_{label}"].to_numpy() for label in others}}
-    for label in labels:
-        candidates[label] = outcomes[label].astype(np.int8)
-        candidates[f"{label}_time"] = time if label == "click" else time + play_time
-    is_kept = np.bincount(session)[session] >= min_session
-    rows = order_rows(candidates[is_kept])
-    row_counts = [
-        CountRow("rows read", len(log), 0),
-        CountRow("dropped: duplicate user, video and time", int(is_duplicate.sum())),
-        CountRow(f"dropped: in sessions of fewer than {min_session} rows", int((~is_kept).sum())),
-        CountRow("kept: rows", len(rows)),
-        CountRow("long views without a click, counted as neither", int((~click & is_long).sum()), 2),
+def _make_rows(engine: Engine, logs: Sequence[Path], session_gap: float, min_session: int,
+               labels: Sequence[str]) -> list[CountRow]:
+    """Steps 2 to 5: the table `rows`, with these labels; and the row counts."""
+    others = [f"is_{label}" for label in labels if label not in TASKS]
+    schema: dict[str, ColumnType] = {**LOG_SCHEMA, **dict.fromkeys(others, "label")}
+    rows_read = engine.read("log", logs, schema)
+    # 2. Of rows with the same user, video and time the one with the longest play time is kept.
+    ties = ", ".join(["play_time_ms DESC, long_view DESC, is_click DESC, tab", *(f"{name} DESC" for name in others[::-1])])
+    engine.step("impressions", f"""
+        SELECT {", ".join(schema)}
+        FROM (SELECT *, row_number() OVER (PARTITION BY time_ms, user_id, video_id ORDER BY {ties}) AS number
+              FROM log) AS numbered
+        WHERE number = 1""")
+    # 3. Rows are ordered by time and cut 6:2:2 by number into train, val and test; rows of the same time stay together.
+    (unique,) = engine.query("SELECT count(*) FROM impressions")
+    val, test = (engine.query("SELECT time_ms FROM impressions ORDER BY time_ms LIMIT 1 OFFSET "
+                              f"{min(int(fraction * unique), unique - 1)}")[0] for fraction in (0.6, 0.8))
+    engine.step("split_impressions", f"""
+        SELECT *, CASE WHEN time_ms >= {test} THEN 2 WHEN time_ms >= {val} THEN 1 ELSE 0 END AS split
+        FROM impressions""", drop=["impressions"])
+    # 4. A session is a user's rows inside one split; `--session_gap` also cuts after so many minutes without a row.
+    # Sessions with fewer than `--min_session` rows (default 1) are dropped.
+    engine.cut_sessions("session_impressions", "split_impressions", "split, user_id", "time_ms", session_gap)
+    engine.step("sessions", f"""
+        SELECT sessionid, split, min(time_ms) AS start, count(*) AS num_rows
+        FROM session_impressions GROUP BY sessionid, split HAVING count(*) >= {min_session}""")
+    sessions, kept, found = engine.count_sessions("sessions")
+    require_splits(sessions, kept, found)
+    (unclicked,) = engine.query("SELECT count(*) FROM session_impressions WHERE long_view = 1 AND is_click = 0")
+    # 5. click = is_click; long_view = is_click and long_view. A click is known immediately, a long view at the end of
+    # the play time: click_time and long_view_time are these times (empty: never), so that features of later rows use
+    # only outcomes that were known. `--tasks` names others: like, follow, comment, forward, hate and profile_enter are
+    # is_like, is_follow and so on, each known at the end of the play time. Rows are in order of split, session start,
+    # session, time and video.
+    values = {"click": "is_click", "long_view": "is_click * long_view"}
+    outcomes = ", ".join(
+        f"CAST({values.get(label, f'is_{label}')} AS INTEGER) AS {quoted(label)}, "
+        f"time_ms{' + play_time_ms' * (label != 'click')} AS {quoted(f'{label}_time')}" for label in labels)
+    engine.step("rows", f"""
+        SELECT sessions.split, sessions.sessionid, time_ms AS timestamp, user_id AS userid, video_id AS itemid, tab,
+               {outcomes}
+        FROM session_impressions AS log JOIN sessions ON log.sessionid = sessions.sessionid
+        ORDER BY sessions.split, sessions.start, sessions.sessionid, time_ms, video_id""", drop=["session_impressions"])
+    return [
+        CountRow("rows read", rows_read, 0),
+        CountRow("dropped: duplicate user, video and time", rows_read - unique),
+        CountRow(f"dropped: in sessions of fewer than {min_session} rows", unique - kept),
+        CountRow("kept: rows", kept),
+        CountRow("long views without a click, counted as neither", unclicked, 2),
     ]
-    return rows, row_counts
 
 
-def read_features(paths: Sequence[Path], raw_key: str, key: str, fields: Sequence[str], rows: pd.DataFrame,
-                  description: str) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Step 7: the `fields` of the users, or videos, in column `key` of the MDP rows; and the row counts.
+# 6. The session features look back over all earlier rows of the user, those of earlier splits included: they are known
+# when a row is shown.
+
+
+def make_users(engine: Engine, paths: Sequence[Path]) -> list[CountRow]:
+    """Step 7 for users: the table `users`."""
+    row_counts = _make_features(engine, paths, "user_id", "userid", USER_FIELDS, "users")
+    engine.step("users", f"SELECT userid, {', '.join(USER_FIELDS)} FROM normal_users ORDER BY userid", drop=["normal_users"])
+    return row_counts
+
+
+def make_videos(engine: Engine, paths: Sequence[Path], has_duration: bool) -> list[CountRow]:
+    """Step 7 for videos: the table `videos`. The video itself is a field as well."""
+    fields = [*VIDEO_FIELDS, *[DURATION] * has_duration]
+    row_counts = _make_features(engine, paths, "video_id", "itemid", fields, "videos")
+    ms = f"CAST(CASE WHEN regexp_matches({DURATION}, {NUMBER}) THEN {DURATION} ELSE '-1' END AS DOUBLE)"
+    # 8. The duration is the largest power of two in its seconds: "16" for 16 to 31 s, "1" for less; "" for what is not a
+    # number, negative, or longer than a year.
+    seconds = f"CAST(floor(greatest({ms}, 1000) / 1000) AS BIGINT)"
+    bucket = (f", CASE WHEN {ms} BETWEEN 0 AND {MAX_DURATION_MS} THEN CAST(CAST(pow(2, length(bin({seconds})) - 1) AS BIGINT) "
+              f"AS VARCHAR) ELSE '' END AS {DURATION}") * has_duration
+    if has_duration:
+        row_counts.append(CountRow(f"invalid {DURATION} (not a number, negative or over a year): empty", *engine.query(
+            f"SELECT count(*) FROM normal_videos WHERE NOT {ms} BETWEEN 0 AND {MAX_DURATION_MS} AND {DURATION} <> ''")))
+    engine.step("videos", f"SELECT itemid, CAST(itemid AS VARCHAR) AS video_id, {', '.join(VIDEO_FIELDS)}{bucket} "
+                          "FROM normal_videos ORDER BY itemid", drop=["normal_videos"])
+    return row_counts
+
+
+def _make_features(engine: Engine, paths: Sequence[Path], raw_key: str, key: str, fields: Sequence[str],
+                   name: str) -> list[CountRow]:
+    """The table `normal_<name>`: the `fields` of the users, or videos, in column `key` of `rows`; and the row counts.
 
     `raw_key` is the key's name in the files `paths`. Raises UserError if a cell is invalid.
     """
-    ids = np.unique(rows[key])
-    schema: dict[str, ColumnType] = {raw_key: "id", **dict.fromkeys(fields, "optional_text")}
-    raw_table = pd.concat([read_table(path, schema) for path in paths], ignore_index=True)
-    is_duplicate = raw_table[raw_key].duplicated()
-    known = raw_table[~is_duplicate].set_index(raw_key)
-    table = known.reindex(index=ids, columns=list(fields)).astype(object).fillna("")
-    normalized = table.apply(_normalize_column)
-    is_known = np.isin(ids, known.index)
-    row_counts = [
-        CountRow(f"{description} in the table", len(raw_table), 0),
-        CountRow("dropped: duplicate", int(is_duplicate.sum())),
-        CountRow(f"dropped: {description} without rows", int((~known.index.isin(ids)).sum())),
-        CountRow("kept", int(is_known.sum())),
-        CountRow(f"{description} of rows that are missing from the table", int((~is_known).sum())),
-        CountRow("normalized values: whitespace stripped, 12 for 12.0", int((normalized != table).to_numpy().sum())),
+    listed = engine.read(f"raw_{name}", paths, {raw_key: "id", **dict.fromkeys(fields, "optional_text")})
+    # 7. Users and videos have a table each, of fields that later rows do not change; counts are read as their published
+    # ranges. The first of several listings counts. Values are normalized: 12 for 12.0. A user or video that is missing
+    # from its table has empty cells. Times are Unix time in ms.
+    engine.step(f"first_{name}", f"""
+        SELECT {raw_key}, {", ".join(fields)}
+        FROM (SELECT *, row_number() OVER (PARTITION BY {raw_key} ORDER BY file, row) AS listing FROM raw_{name}) AS numbered
+        WHERE listing = 1""")
+    engine.step(f"known_{name}", f"""
+        SELECT known.{key}, listed.{raw_key} AS is_listed, {", ".join(f"coalesce({field}, '') AS {field}" for field in fields)}
+        FROM (SELECT DISTINCT {key} FROM rows) AS known LEFT JOIN first_{name} AS listed ON known.{key} = listed.{raw_key}""")
+    normal = ", ".join(
+        f"CASE WHEN regexp_matches(trim({field}, {SPACES}), {WHOLE_NUMBER}) "
+        f"THEN left(trim({field}, {SPACES}), length(trim({field}, {SPACES})) - 2) ELSE trim({field}, {SPACES}) END "
+        f"AS {field}, {field} AS raw_{field}" for field in fields)
+    engine.step(f"normal_{name}", f"SELECT {key}, is_listed, {normal} FROM known_{name}", drop=[f"known_{name}"])
+    changed = " + ".join(f"CASE WHEN {field} <> raw_{field} THEN 1 ELSE 0 END" for field in fields)
+    (distinct,) = engine.query(f"SELECT count(*) FROM first_{name}")
+    known, found, normalized = engine.query(f"SELECT count(*), count(is_listed), sum({changed}) FROM normal_{name}")
+    return [
+        CountRow(f"{name} in the table", listed, 0),
+        CountRow("dropped: duplicate", listed - distinct),
+        CountRow(f"dropped: {name} without rows", distinct - found),
+        CountRow("kept", found),
+        CountRow(f"{name} of rows that are missing from the table", known - found),
+        CountRow("normalized values: whitespace stripped, 12 for 12.0", int(normalized)),
     ]
-    return normalized.rename_axis(key).reset_index(), row_counts
-
-
-def _normalize_column(column: pd.Series) -> pd.Series:
-    codes, values = pd.factorize(column)
-    return pd.Series(np.array([normalize_category(value) for value in values], object)[codes], index=column.index)
-
-
-def _log2_bucket(milliseconds: pd.Series) -> tuple[pd.Series, int]:
-    """Durations as the largest power of two in their seconds: "16" for 16 to 31 s. Not a number, negative, or longer
-    than a year: "". Also returns the number of invalid durations, missing ones aside."""
-    seconds = pd.to_numeric(milliseconds, errors="coerce").to_numpy(np.float64) / 1000.0
-    is_valid = (seconds >= 0) & (seconds <= 366 * 24 * 3600)
-    power = np.exp2(np.floor(np.log2(np.maximum(np.where(is_valid, seconds, 0.0), 1.0))))
-    buckets = pd.Series(np.where(is_valid, np.char.mod("%d", power), ""), index=milliseconds.index, dtype=object)
-    return buckets, int((~is_valid & (milliseconds != "").to_numpy()).sum())

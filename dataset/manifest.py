@@ -70,7 +70,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         if duplicates:
             raise UserError(f"{path}: name '{duplicates[0]}' is not unique: fields, keys, labels and task names must "
                             "differ")
-    if "truth.csv" in manifest["outputs"]:
+    if table_file(manifest, "truth") in manifest["outputs"]:
         config_from_manifest(manifest.get("simulation"), path)
     return manifest
 
@@ -98,6 +98,11 @@ def _require_known(path: Path, entry: str, fields: Sequence[Any], known: Sequenc
     unknown = [field for field in fields if field not in known]
     if unknown:
         raise UserError(f"{path}: '{entry}' contains unknown field '{unknown[0]}': {reason}")
+
+
+def table_file(manifest: Mapping[str, Any], name: str) -> str:
+    """The file of a table of a folder, such as `train`: CSV unless the manifest has it in Parquet."""
+    return f"{name}.parquet" if f"{name}.parquet" in manifest.get("outputs", ()) else f"{name}.csv"
 
 
 def id_columns(manifest: Mapping[str, Any]) -> list[str]:

@@ -3,8 +3,10 @@
     python3 -m dataset.prepare --raw DIR --out dataset/rt                      # RetailRocket (Kaggle)
     python3 -m dataset.prepare --source kuairand --raw DIR --out dataset/kr    # KuaiRand: Pure, 1K or 27K
 
-The rules are in `dataset.retailrocket` and `dataset.kuairand`, step by step. The output is `train.csv`, `val.csv`,
+The rules are in `dataset.retailrocket` and `dataset.kuairand`, as SQL steps. The output is `train.csv`, `val.csv`,
 `test.csv`, `item_feadf.csv` (KuaiRand: `user_feadf.csv` too) and `manifest.json`; of a simulated log also `truth.csv`.
+What does not fit into `--memory_limit` lies in a temporary folder beside the output. For a large log `--format=parquet`
+is smaller and faster to read.
 """
 
 from __future__ import annotations
@@ -15,16 +17,19 @@ from pathlib import Path
 
 import numpy as np
 
+from common.duck import MEMORY_LIMIT, connect, parse_bytes
 from common.errors import UserError, cli_entry_point
 from common.fileio import exclusive_lock
 from dataset import kuairand, retailrocket
-from dataset.tables import print_row_counts, require_new_folder, write_dataset
+from dataset.engine import Engine
+from dataset.tables import FORMATS, print_row_counts, require_new_folder, write_dataset
 
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
-            source: str = "retailrocket", tasks: Sequence[str] = ()) -> None:
+            source: str = "retailrocket", tasks: Sequence[str] = (), memory_limit: int = MEMORY_LIMIT,
+            file_format: str = "csv") -> None:
     """Turn the raw log in `raw_dir` into the folder `out_dir` of MDP tables; the importer's module has the rules.
 
     Args:
@@ -34,6 +39,8 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
         min_session: sessions of fewer rows are dropped; None: the importer's default.
         source: one of `IMPORTERS`.
         tasks: of KuaiRand, labels of `kuairand.TASK_NAMES`; none: the importer's own two.
+        memory_limit: bytes of memory for tables; the rest lies in a temporary folder beside `out_dir`.
+        file_format: one of `dataset.tables.FORMATS`.
 
     Raises:
         UserError: a file is missing, a cell is invalid (file, line and column are named), or `out_dir` exists.
@@ -50,9 +57,10 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
     with exclusive_lock(out_dir):
         require_new_folder(out_dir)
         options = [tasks] if tasks else []
-        dataset = IMPORTERS[source].load_raw(raw_dir, session_gap, min_session, *options)
-        print_row_counts(dataset)
-        write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session})
+        with connect(memory_limit, folder=out_dir.parent) as con:
+            dataset = IMPORTERS[source].load_raw(Engine(con), raw_dir, session_gap, min_session, *options)
+            print_row_counts(dataset)
+            write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format)
 
 
 @cli_entry_point
@@ -71,9 +79,12 @@ def cli() -> None:
     parser.add_argument("--tasks", default="", metavar="LABELS",
                         help=f"of kuairand: the tasks, with commas, of {', '.join(kuairand.TASK_NAMES)} (default "
                         f"{','.join(kuairand.TASKS)})")
+    parser.add_argument("--memory_limit", default=f"{MEMORY_LIMIT}", metavar="BYTES",
+                        help="memory for tables, such as 2GB; the rest lies on the disk (default %(default)s)")
+    parser.add_argument("--format", default="csv", choices=FORMATS, help="of the tables (default %(default)s)")
     args = parser.parse_args()
     prepare(args.raw, args.out, args.session_gap, args.min_session, args.source,
-            [task for task in args.tasks.split(",") if task])
+            [task for task in args.tasks.split(",") if task], parse_bytes(args.memory_limit), args.format)
     print(f"wrote {args.out}")
 
 

@@ -1,44 +1,21 @@
-"""Raw RetailRocket logs: the files of the Kaggle dataset `retailrocket/ecommerce-dataset`, step by step.
+"""Raw RetailRocket logs: the files of the Kaggle dataset `retailrocket/ecommerce-dataset`.
 
-1. Duplicate events, equal in every cell, are dropped.
-2. A session is a visitor; `--session_gap` instead cuts after so many minutes without an event.
-3. One row is one item of one session, at the item's first event there. click = the item was carted or bought in that
-   session, then or later; pay = it was bought; so pay implies click. click_time and pay_time are the times of these
-   events (empty: never), so that features of later rows use only outcomes that were known.
-4. Sessions with fewer than `--min_session` rows (default 2: an episode needs a transition) are dropped.
-5. Sessions are ordered by the time of their first row, and cut 6:2:2 by number of rows into train, val and test. No
-   session is in two splits.
-6. The item table contains, for each item of the rows, the last value of each property known when the first validation
-   session starts. Later values are dropped: they would leak the future. An item without a value has an empty cell.
+The rules are the numbered comments above the SQL steps of `load_raw`; each step makes one table.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pandas as pd
-from numpy.typing import NDArray
-
-from common.csv_reader import ColumnType, cell_location, concat_rows, read_table
+from common.csv_reader import ColumnType, cell_location, quoted
 from common.errors import UserError
 from common.fileio import read_json
+from dataset.engine import Engine
 from dataset.manifest import DEFAULTS
-from dataset.simulate import SimulationConfig, config_from_manifest, read_ground_truth
-from dataset.tables import (
-    CountRow,
-    FeatureTable,
-    PreparedDataset,
-    find_csv,
-    number_sessions,
-    order_rows,
-    read_with_progress,
-    require_memory_for,
-    validation_start,
-)
+from dataset.simulate import GROUND_TRUTH_SCHEMA, config_from_manifest, scan_ground_truth
+from dataset.tables import CountRow, FeatureTable, PreparedDataset, find_csv, require_splits, validation_start
 
 EVENTS = ("view", "addtocart", "transaction")
 PROPERTIES = ("785", "591", "814", "available", "categoryid", "364", "776")
@@ -57,12 +34,9 @@ PAPER_MANIFEST: dict[str, Any] = {
     "tasks": list(TASKS),
 }
 MIN_SESSION_ROWS = 2
-NO_EVENT_MS = np.iinfo(np.int64).max
-# Bytes of memory per byte of CSV, measured; the properties are read in chunks.
-EVENT_MEMORY_FACTOR, PROPERTY_MEMORY_FACTOR = 8.0, 1.0
 
 
-def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDataset:
+def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int) -> PreparedDataset:
     """Read the folder `raw_dir` of events.csv, item_properties*.csv and, optionally, category_tree.csv (each may be
     .gz).
 
@@ -70,160 +44,163 @@ def load_raw(raw_dir: Path, session_gap: float, min_session: int) -> PreparedDat
     """
     event_file = find_csv(raw_dir, "events", "the Kaggle files")[0]
     property_files = find_csv(raw_dir, "item_properties*", "the Kaggle files (part1 and part2)")
-    tree_file = next((path for path in raw_dir.glob("category_tree.csv*") if path.suffix in (".csv", ".gz")), None)
-
-    require_memory_for({event_file: EVENT_MEMORY_FACTOR, **dict.fromkeys(property_files, PROPERTY_MEMORY_FACTOR)})
-    rows, row_counts = _build_rows(_read_events(event_file), session_gap, min_session)
-    items, item_counts = _item_features(property_files, np.unique(rows["itemid"]), validation_start(rows))
-    row_counts += item_counts
-    if tree_file is not None:  # checked and counted; the tables do not contain it
-        tree = read_table(tree_file, {"categoryid": "id", "parentid": "optional_id"})
-        categories = {value for value in items["categoryid"] if value}
-        row_counts += [
-            CountRow("categories in the tree (not used by the tables)", len(tree), 0),
-            CountRow("categories of items", len(categories)),
-            CountRow("of these not in the tree", len(categories - set(tree["categoryid"].astype(str)))),
-        ]
+    tree_files = [path for path in raw_dir.glob("category_tree.csv*") if path.suffix in (".csv", ".gz")][:1]
     config_file, truth_file = raw_dir / "simulation.json", raw_dir / "truth.csv"
     simulation = read_json(config_file) if os.path.lexists(config_file) else None
-    config = config_from_manifest(simulation, config_file) if simulation is not None else None
-    if config is None and truth_file.exists():
+    if simulation is None and truth_file.exists():
         raise UserError(f"{truth_file}: ground truth of a simulated log, but there is no simulation.json: remove the "
                         "file")
-    has_ground_truth = truth_file.exists() and not session_gap
+    config = config_from_manifest(simulation, config_file) if simulation is not None else None
+
+    row_counts = _make_sessions(engine, event_file, session_gap, min_session)
+    truth = [name for name in GROUND_TRUTH_SCHEMA if name not in ("timestamp", "visitorid", "itemid")]
+    if has_truth := config is not None and truth_file.exists() and not session_gap:
+        scan_ground_truth(engine.con, truth_file, config).create_view("truth")
+    # 5b. Rows are in order of split, session start, session and time; of rows at the same time that of the earlier
+    # event comes first, then that of the smaller item.
+    engine.step("rows", f"""
+        SELECT sessions.split, items.timestamp, items.sessionid, items.itemid,
+               CASE WHEN pay_time IS NULL THEN 0 ELSE 1 END AS pay, CASE WHEN click_time IS NULL THEN 0 ELSE 1 END AS click,
+               click_time, pay_time{"".join(f", truth.{name}" for name in truth * has_truth)}
+        FROM session_items AS items JOIN split_sessions AS sessions ON items.sessionid = sessions.sessionid
+        {'''LEFT JOIN truth ON items.timestamp = truth.timestamp AND items.sessionid = truth.visitorid
+                           AND items.itemid = truth.itemid''' * has_truth}
+        ORDER BY sessions.split, sessions.start, items.sessionid, items.timestamp, items.first_kind, items.itemid""",
+                drop=["session_items"])
+    if has_truth:
+        _require_ground_truth(engine, truth_file)
+    row_counts += _make_items(engine, property_files)
+    if tree_files:  # checked and counted; the tables do not contain it
+        categories = "SELECT DISTINCT categoryid FROM items WHERE categoryid <> ''"
+        row_counts += [
+            CountRow("categories in the tree (not used by the tables)",
+                     engine.read("tree", tree_files, {"categoryid": "id", "parentid": "optional_id"}), 0),
+            CountRow("categories of items", *engine.query(f"SELECT count(*) FROM ({categories}) AS used")),
+            CountRow("of these not in the tree", *engine.query(
+                f"SELECT count(*) FROM ({categories}) AS used "
+                "WHERE categoryid NOT IN (SELECT CAST(categoryid AS VARCHAR) FROM tree)")),
+        ]
+    rows = engine.result("rows")
     return PreparedDataset(
         source="RetailRocket, simulated" if config else "RetailRocket",
-        rows=rows, row_counts=row_counts,
-        inputs=[event_file, *property_files, *([tree_file] if tree_file else [])],
-        feature_tables={"item_feadf.csv": FeatureTable("itemid", items)}, context=[],
+        rows=rows.project("split, timestamp, sessionid, itemid, pay, click, click_time, pay_time"),
+        row_counts=row_counts, inputs=[event_file, *property_files, *tree_files],
+        feature_tables={"item_feadf.csv": FeatureTable("itemid", engine.result("items"))}, context=[],
         long_tailed=list(LONG_TAILED), tasks=list(TASKS), simulation=simulation,
-        ground_truth=_align_ground_truth(truth_file, rows, config) if config and has_ground_truth else None)
+        ground_truth=rows.project(", ".join(["timestamp", "sessionid", "itemid", *truth])) if has_truth else None)
 
 
-def _read_events(path: Path) -> pd.DataFrame:
-    chunks: list[pd.DataFrame] = []
-    for chunk in read_with_progress(path, EVENT_SCHEMA):
-        chunk["event"] = pd.Index(EVENTS).get_indexer(pd.Index(chunk["event"])).astype(np.int8)
-        unknown = chunk["event"].to_numpy() < 0
-        if unknown.any():
-            row = sum(map(len, chunks)) + int(unknown.argmax())
-            raise UserError(f"{cell_location(path, row, 'event')}: unknown event: one of {', '.join(EVENTS)}; is this "
-                            "the RetailRocket layout?")
-        chunks.append(chunk)
-    return concat_rows(path, chunks)
-
-
-def _build_rows(events: pd.DataFrame, session_gap: float, min_session: int) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Steps 1 to 5: the MDP rows, and the row counts of the events."""
-    # One order, whatever the order of the file: visitor, time, event type (a view before its cart), item.
-    order = np.lexsort((events["transactionid"], events["itemid"], events["event"], events["timestamp"],
-                        events["visitorid"]))
-    time, visitor, event_type, item = (events[name].to_numpy()[order]
-                                       for name in ("timestamp", "visitorid", "event", "itemid"))
-    transaction = events["transactionid"].fillna(-1).to_numpy()[order]
-    is_duplicate = np.ones(len(order), bool)
-    is_duplicate[0] = False
-    for column in (time, visitor, event_type, item, transaction):
-        is_duplicate[1:] &= column[1:] == column[:-1]
-    time, visitor, event_type, item = (column[~is_duplicate] for column in (time, visitor, event_type, item))
-
-    session = number_sessions(visitor, time, gap_minutes=session_gap)  # (E,)
-
-    # One row per (session, item): its first event gives the row, the others its labels.
-    by_item = np.lexsort((np.arange(len(time)), item, session))
-    is_group_start = np.ones(len(time), bool)
-    is_group_start[1:] = (session[by_item][1:] != session[by_item][:-1]) | (item[by_item][1:] != item[by_item][:-1])
-    group_starts = np.flatnonzero(is_group_start)
-    first_event = by_item[group_starts]
-    cart_time = np.where(event_type >= 1, time, NO_EVENT_MS)[by_item]
-    purchase_time = np.where(event_type == 2, time, NO_EVENT_MS)[by_item]
-    candidates = pd.DataFrame({
-        "timestamp": time[first_event],
-        "sessionid": session[first_event] if session_gap else visitor[first_event],
-        "itemid": item[first_event],
-        "click_time": np.minimum.reduceat(cart_time, group_starts),
-        "pay_time": np.minimum.reduceat(purchase_time, group_starts),
-        "events": np.diff(np.append(group_starts, len(time))),
-        "event": first_event,
-    })
-    candidates["click"] = (candidates["click_time"] != NO_EVENT_MS).astype(np.int8)
-    candidates["pay"] = (candidates["pay_time"] != NO_EVENT_MS).astype(np.int8)
-
-    is_kept = np.bincount(session[first_event])[session[first_event]] >= min_session
-    dropped = candidates[~is_kept]
-    rows = candidates[is_kept].sort_values("event")  # of rows at the same time that of the earlier event comes first
-    if rows.empty:
+def _make_sessions(engine: Engine, path: Path, session_gap: float, min_session: int) -> list[CountRow]:
+    """Steps 1 to 5: the tables `session_items` and `split_sessions`; and the row counts of the events."""
+    events_read = engine.read("events", [path], EVENT_SCHEMA)
+    (unknown,) = engine.query(f"SELECT min(row) FROM events WHERE event NOT IN {EVENTS}")
+    if unknown is not None:
+        raise UserError(f"{cell_location(path, unknown, 'event')}: unknown event: one of {', '.join(EVENTS)}; is this "
+                        "the RetailRocket layout?")
+    by_kind = engine.query("SELECT " + ", ".join(
+        f"coalesce(sum(CASE WHEN event = '{event}' THEN 1 END), 0)" for event in EVENTS) + " FROM events")
+    # 1. Duplicate events, equal in every cell, are dropped.
+    engine.step("distinct_events", """
+        SELECT DISTINCT visitorid, timestamp, itemid, CASE event WHEN 'view' THEN 0 WHEN 'addtocart' THEN 1 ELSE 2 END AS kind,
+               coalesce(transactionid, -1) AS transactionid
+        FROM events""")
+    (distinct_events,) = engine.query("SELECT count(*) FROM distinct_events")
+    # 2. A session is a visitor; `--session_gap` instead cuts after so many minutes without an event.
+    if session_gap:
+        engine.cut_sessions("session_events", "distinct_events", "visitorid", "timestamp", session_gap)
+    else:
+        engine.step("session_events", "SELECT *, visitorid AS sessionid FROM distinct_events", drop=["distinct_events"])
+    # 3. One row is one item of one session, at the item's first event there. click = the item was carted or bought in
+    # that session, then or later; pay = it was bought; so pay implies click. click_time and pay_time are the times of
+    # these events (empty: never), so that features of later rows use only outcomes that were known.
+    engine.step("session_items", """
+        SELECT sessionid, itemid, min(timestamp) AS timestamp, count(*) AS events,
+               min(CASE WHEN kind >= 1 THEN timestamp END) AS click_time,
+               min(CASE WHEN kind = 2 THEN timestamp END) AS pay_time,
+               CASE WHEN min(CASE WHEN kind = 0 THEN timestamp END) = min(timestamp) THEN 0
+                    WHEN min(CASE WHEN kind = 1 THEN timestamp END) = min(timestamp) THEN 1 ELSE 2 END AS first_kind
+        FROM session_events GROUP BY sessionid, itemid""", drop=["session_events"])
+    # 4. Sessions with fewer than `--min_session` rows (default 2: an episode needs a transition) are dropped.
+    engine.step("sessions", """
+        SELECT sessionid, min(timestamp) AS start, count(*) AS num_rows, sum(events) AS events
+        FROM session_items GROUP BY sessionid""")
+    dropped = engine.query(f"SELECT count(*), coalesce(sum(events), 0) FROM sessions WHERE num_rows < {min_session}")
+    # 5. Sessions are ordered by the time of their first row, and cut 6:2:2 by number of rows into train, val and test.
+    # No session is in two splits.
+    engine.step("ordered_sessions", f"""
+        SELECT *, sum(num_rows) OVER (ORDER BY start, sessionid ROWS UNBOUNDED PRECEDING) - num_rows AS first_row
+        FROM sessions WHERE num_rows >= {min_session}""")
+    rows, events = engine.query("SELECT sum(num_rows), sum(events) FROM ordered_sessions")
+    if not rows:
         raise UserError(f"no session has {min_session} items or more: nothing to learn from (see --min_session)")
-    rows = order_rows(rows.assign(split=_split_by_time(rows)))
-    row_counts = [
-        CountRow("events read", len(order), 0),
-        *[CountRow(name, int((events["event"] == code).sum()), 2) for code, name in enumerate(EVENTS)],
-        CountRow("dropped: duplicate events", int(is_duplicate.sum())),
-        CountRow(f"dropped: in {dropped['sessionid'].nunique():,} sessions of fewer than {min_session} items",
-                 int(dropped["events"].sum())),
-        CountRow("merged: later events of an item in its session", int(rows["events"].sum()) - len(rows)),
-        CountRow("kept: rows, one per item of a session", len(rows)),
+    val, test = engine.query("SELECT " + ", ".join(
+        f"coalesce(min(CASE WHEN first_row >= CAST('{fraction * int(rows)!r}' AS DOUBLE) THEN first_row END), max(first_row))"
+        for fraction in (0.6, 0.8)) + " FROM ordered_sessions")
+    engine.step("split_sessions", f"""
+        SELECT sessionid, start, num_rows,
+               CASE WHEN first_row >= {test} THEN 2 WHEN first_row >= {val} THEN 1 ELSE 0 END AS split
+        FROM ordered_sessions""", drop=["sessions", "ordered_sessions"])
+    require_splits(*engine.count_sessions("split_sessions"))
+    return [
+        CountRow("events read", events_read, 0),
+        *[CountRow(name, int(count), 2) for name, count in zip(EVENTS, by_kind, strict=True)],
+        CountRow("dropped: duplicate events", events_read - distinct_events),
+        CountRow(f"dropped: in {dropped[0]:,} sessions of fewer than {min_session} items", int(dropped[1])),
+        CountRow("merged: later events of an item in its session", int(events - rows)),
+        CountRow("kept: rows, one per item of a session", int(rows)),
     ]
-    return rows.drop(columns=["events", "event"]), row_counts
 
 
-def _split_by_time(rows: pd.DataFrame) -> NDArray[np.int64]:
-    """Step 5: the split of each of n rows, (n,): sessions in order of their start, cut 6:2:2 by number of rows."""
-    sessions = rows.groupby("sessionid")["timestamp"].agg(["min", "size"]).sort_values("min", kind="stable")
-    first_rows = (sessions["size"].cumsum() - sessions["size"]).to_numpy()  # the rows before each session
-    cuts = [first_rows[min(int(np.searchsorted(first_rows, fraction * len(rows))), len(first_rows) - 1)]
-            for fraction in (0.6, 0.8)]
-    split = np.searchsorted(cuts, first_rows, side="right")
-    return split[sessions.index.get_indexer(pd.Index(rows["sessionid"]))]
+def _require_ground_truth(engine: Engine, path: Path) -> None:
+    """Raise UserError unless the simulator's probabilities of each row are in the file once."""
+    row, item, visitor = engine.query(
+        "SELECT max(row), itemid, visitorid FROM truth GROUP BY timestamp, visitorid, itemid HAVING count(*) > 1 "
+        "ORDER BY max(row) LIMIT 1")
+    if row is not None:
+        raise UserError(f"{cell_location(path, row, 'itemid')}: duplicate row of item {item} for visitor {visitor} at "
+                        "that time: remove the file")
+    item, visitor = engine.query("SELECT itemid, sessionid FROM rows WHERE p_click IS NULL LIMIT 1")
+    if item is not None:
+        raise UserError(f"{path}: no row for item {item} of visitor {visitor}: the file belongs to a different log; "
+                        "remove it")
 
 
-def _item_features(paths: Iterable[Path], item_ids: NDArray[np.int64],
-                   train_end_ms: int) -> tuple[pd.DataFrame, list[CountRow]]:
-    """Step 6: the last value of each property of the items, known at `train_end_ms`; and the row counts."""
-    rows_read = unused_properties = after_cutoff = unknown_items = 0
-    chunks: list[pd.DataFrame] = []
-    for path in paths:
-        for chunk in read_with_progress(path, PROPERTY_SCHEMA):
-            is_used = chunk["property"].isin(PROPERTIES).to_numpy()
-            is_past = chunk["timestamp"].to_numpy() <= train_end_ms
-            is_known = np.isin(chunk["itemid"].to_numpy(), item_ids)
-            chunks.append(chunk[is_used & is_past & is_known])
-            # A dropped row is counted once, for the first rule that drops it.
-            rows_read += len(chunk)
-            unused_properties += int((~is_used).sum())
-            after_cutoff += int((is_used & ~is_past).sum())
-            unknown_items += int((is_used & is_past & ~is_known).sum())
-    values = pd.concat(chunks, ignore_index=True)
-    # Of two values at the same time the larger text is kept: one result, whatever the order of the files.
-    values = values.sort_values(["itemid", "property", "timestamp", "value"], kind="stable")
-    last = values.drop_duplicates(["itemid", "property"], keep="last")
-    wide = last.pivot(index="itemid", columns="property", values="value")
-    items = wide.reindex(index=item_ids, columns=list(PROPERTIES)).astype(object).fillna("")
-    row_counts = [
+def _make_items(engine: Engine, paths: list[Path]) -> list[CountRow]:
+    """Step 6: the table `items`; and the row counts of the properties."""
+    rows_read = engine.read("properties", paths, PROPERTY_SCHEMA, may_be_empty=True)
+    boundary = validation_start(engine.result("rows"))
+    unused, late = engine.query(f"""
+        SELECT coalesce(sum(CASE WHEN property NOT IN {PROPERTIES} THEN 1 END), 0),
+               coalesce(sum(CASE WHEN property IN {PROPERTIES} AND timestamp > {boundary} THEN 1 END), 0)
+        FROM properties""")
+    # 6. The item table contains, for each item of the rows, the last value of each property known when the first
+    # validation session starts. Later values are dropped: they would leak the future. An item without a value has an
+    # empty cell. Of two values at the same time the larger text is kept: one result, whatever the order of the files.
+    engine.step("property_values", f"""
+        SELECT itemid, property, timestamp, value FROM properties
+        WHERE property IN {PROPERTIES} AND timestamp <= {boundary} AND itemid IN (SELECT itemid FROM rows)""")
+    (values,) = engine.query("SELECT count(*) FROM property_values")
+    engine.step("last_values", """
+        SELECT itemid, property, value
+        FROM (SELECT *, row_number() OVER (PARTITION BY itemid, property ORDER BY timestamp DESC, value DESC) AS number
+              FROM property_values) AS numbered
+        WHERE number = 1""", drop=["property_values"])
+    (last,) = engine.query("SELECT count(*) FROM last_values")
+    fields = ", ".join(f"coalesce(max(CASE WHEN property = '{name}' THEN value END), '') AS {quoted(name)}"
+                       for name in PROPERTIES)
+    engine.step("items", f"""
+        SELECT known.itemid, {fields}
+        FROM (SELECT DISTINCT itemid FROM rows) AS known LEFT JOIN last_values ON known.itemid = last_values.itemid
+        GROUP BY known.itemid ORDER BY known.itemid""", drop=["last_values"])
+    is_empty = " AND ".join(f"{quoted(name)} = ''" for name in PROPERTIES)
+    items, empty = engine.query(f"SELECT count(*), coalesce(sum(CASE WHEN {is_empty} THEN 1 END), 0) FROM items")
+    return [
         CountRow("property rows read", rows_read, 0),
-        CountRow("dropped: unused properties", unused_properties),
-        CountRow("dropped: after the cutoff, when validation starts", after_cutoff),
-        CountRow("dropped: items without sessions", unknown_items),
-        CountRow("dropped: replaced by a later value before the cutoff", len(values) - len(last)),
-        CountRow("kept: values of items", len(last)),
-        CountRow("items with sessions", len(items), 0),
-        CountRow("without any known property", int((items == "").all(axis=1).sum())),
+        CountRow("dropped: unused properties", int(unused)),
+        CountRow("dropped: after the cutoff, when validation starts", int(late)),
+        CountRow("dropped: items without sessions", rows_read - int(unused) - int(late) - values),
+        CountRow("dropped: replaced by a later value before the cutoff", values - last),
+        CountRow("kept: values of items", last),
+        CountRow("items with sessions", items, 0),
+        CountRow("without any known property", int(empty)),
     ]
-    return items.rename_axis("itemid").rename_axis(columns=None).reset_index(), row_counts
-
-
-def _align_ground_truth(path: Path, rows: pd.DataFrame, config: SimulationConfig) -> pd.DataFrame:
-    """The simulator's probabilities of the kept rows, in the order of the tables (train, val, test)."""
-    ground_truth = read_ground_truth(path, config).rename(columns={"visitorid": "sessionid"})
-    keys = ["timestamp", "sessionid", "itemid"]
-    duplicates = ground_truth.duplicated(keys).to_numpy()
-    if duplicates.any():
-        row = int(duplicates.argmax())
-        raise UserError(f"{cell_location(path, row, 'itemid')}: duplicate row of item {ground_truth['itemid'][row]} "
-                        f"for visitor {ground_truth['sessionid'][row]} at that time: remove the file")
-    aligned = rows[keys].merge(ground_truth, on=keys, how="left", validate="one_to_one")
-    if aligned["p_click"].isna().any():
-        row = int(aligned["p_click"].isna().to_numpy().argmax())
-        raise UserError(f"{path}: no row for item {rows['itemid'][row]} of visitor {rows['sessionid'][row]}: the file "
-                        "belongs to a different log; remove it")
-    return aligned

@@ -23,7 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from common.csv_reader import cell_location, count_lines, log_repairs, normalize_category
+from common.csv_reader import cell_location, count_rows, log_repairs, normalize_category
 from common.errors import UserError
 from common.fileio import require_free_memory, require_regular_file, sha256
 from common.memory import available_memory
@@ -38,7 +38,7 @@ from dataset.features import (
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, task_parents
+from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, table_file, task_parents
 from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
@@ -270,7 +270,7 @@ class Folder:
     @property
     def row_count(self) -> int:
         """The number of rows, about: that of the lines."""
-        return sum(count_lines(self.files[split]) for split in SPLITS)
+        return sum(count_rows(self.files[split]) for split in SPLITS)
 
 
 def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 0, data: DataMode = "auto") -> Splits:
@@ -294,8 +294,9 @@ def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 
         datasets = {split: RetailRocketRLDataset.of(arrays[split], numerical) for split in SPLITS}
     else:
         log = read_tables_of(folder)
-        is_simulated = "truth.csv" in manifest.get("outputs", ())
-        ground_truth = _read_ground_truth(path / "truth.csv", log.tables, manifest) if is_simulated else {}
+        truth = table_file(manifest, "truth")
+        is_simulated = truth in manifest.get("outputs", ())
+        ground_truth = _read_ground_truth(path / truth, log.tables, manifest) if is_simulated else {}
         datasets = make_datasets(log, log.tables, numerical, ground_truth)
     splits = Splits(**datasets, manifest={**manifest, "tasks": tasks[: task_num or len(tasks)]},
                     fingerprint=fingerprint)
@@ -315,7 +316,7 @@ def open_folder(path: Path) -> Folder:
                         "one from raw files")
     has_manifest = os.path.lexists(path / "manifest.json")
     manifest = read_manifest(path / "manifest.json") if has_manifest else dict(PAPER_MANIFEST)
-    files = {**{split: f"{split}.csv" for split in SPLITS}, **{name: name for name in manifest["tables"]}}
+    files = {**{split: table_file(manifest, split) for split in SPLITS}, **{name: name for name in manifest["tables"]}}
     missing = [name for name in files.values() if not (path / name).exists()]
     if missing:
         raise UserError(f"{path}: {', '.join(missing)} missing: put the file back, or move the folder away and make it "
@@ -388,7 +389,7 @@ def _describe(dataset: RetailRocketRLDataset, manifest: Mapping[str, Any], finge
 
 def find_folder(path: Path, name: str) -> Path:
     """The folder of the data set `name`, given that folder, its `train.csv`, or its parent folder."""
-    if path.suffix == ".csv" or path.is_file():
+    if path.suffix in (".csv", ".parquet") or path.is_file():
         return path.parent
     child, is_named = path / name, path.name == name
     has_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
@@ -398,7 +399,7 @@ def find_folder(path: Path, name: str) -> Path:
 
 
 def _read_one_split(path: Path, numerical: NumericalMode) -> RetailRocketRLDataset:
-    if path.stem not in SPLITS or path.suffix != ".csv":
+    if path.stem not in SPLITS or path.suffix not in (".csv", ".parquet"):
         raise UserError(f"{path}: not a split of a data set: expected the path of a train.csv, val.csv or test.csv")
     require_regular_file(path)
     dataset: RetailRocketRLDataset = getattr(load_splits(path.parent, numerical), path.stem)

@@ -26,15 +26,19 @@ import argparse
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from common.csv_reader import ColumnType, cell_location, read_table
+from common.csv_reader import ColumnType, cell_location, scan, to_frame
+from common.duck import connect
 from common.errors import UserError, cli_entry_point
 from common.fileio import atomic_folder, check_writable, exclusive_lock, write_json
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -252,22 +256,25 @@ def config_from_manifest(simulation: Any, path: Path) -> SimulationConfig:
 
 
 def read_ground_truth(path: Path, config: SimulationConfig, optional: Sequence[str] = ()) -> pd.DataFrame:
-    """Read truth.csv of a simulated log. Raises UserError naming row and column of a value that is out of range."""
-    ground_truth = read_table(path, GROUND_TRUTH_SCHEMA, optional)
-    for name, (low, high) in ground_truth_ranges(config).items():
-        is_invalid = ~ground_truth[name].between(low, high).to_numpy()
-        if is_invalid.any():
-            row = int(is_invalid.argmax())
-            raise UserError(f"{cell_location(path, row, name)}: {ground_truth[name][row]} is not between {low:g} and "
-                            f"{high:g}")
+    """The table of `scan_ground_truth` in memory."""
+    with connect() as con:
+        return to_frame(scan_ground_truth(con, path, config, optional))
+
+
+def scan_ground_truth(con: DuckDBPyConnection, path: Path, config: SimulationConfig,
+                      optional: Sequence[str] = ()) -> DuckDBPyRelation:
+    """`scan` truth.csv of a simulated log. Raises UserError naming row and column of a value that is out of range."""
+    ground_truth = scan(con, path, GROUND_TRUTH_SCHEMA, optional)
+    ranges = {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
+              "category": (0, num_categories(config) - 1), "position": (1, MAX_SESSION_LENGTH),
+              "itemid": (1, 2 * config.items)}
+    invalid = ground_truth.aggregate(", ".join(
+        f"min(CASE WHEN {name} NOT BETWEEN {low} AND {high} THEN row END)" for name, (low, high) in ranges.items()))
+    for (name, (low, high)), row in zip(ranges.items(), invalid.fetchall()[0], strict=True):
+        if row is not None:
+            (value,) = ground_truth.filter(f"row = {row}").project(name).fetchall()[0]
+            raise UserError(f"{cell_location(path, row, name)}: {value} is not between {low:g} and {high:g}")
     return ground_truth
-
-
-def ground_truth_ranges(config: SimulationConfig) -> dict[str, tuple[float, float]]:
-    """The least and the largest value of the columns of truth.csv."""
-    return {"p_click": (0, 1), "p_pay": (0, 1), "intent": (-1e3, 1e3), "mood": (-1e3, 1e3),
-            "category": (0, num_categories(config) - 1), "position": (1, MAX_SESSION_LENGTH),
-            "itemid": (1, 2 * config.items)}
 
 
 def num_categories(config: SimulationConfig) -> int:

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from tqdm import tqdm
 
-from common.csv_reader import ColumnType, cell_location, read_chunks, read_header, read_table, require_columns
+from common.csv_reader import (
+    ColumnType,
+    as_relation,
+    cell_location,
+    is_parquet,
+    quoted,
+    read_header,
+    require_columns,
+    scan,
+    to_frame,
+)
+from common.duck import connect
 from common.errors import UserError
-from common.fileio import atomic_folder, check_writable, require_free_memory, sha256, write_json
-from dataset.manifest import id_columns, read_manifest, task_parents
+from common.fileio import atomic_folder, check_writable, sha256, write_json
+from dataset.engine import MINUTE_MS
+from dataset.manifest import id_columns, read_manifest, table_file, task_parents
 
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection, DuckDBPyRelation
+
+Table: TypeAlias = Any  # of pandas, in memory, or a relation of DuckDB
 SPLITS = ("train", "val", "test")
-GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
-MINUTE_MS = 60_000
+FORMATS = ("csv", "parquet")
 
 
 @dataclass(frozen=True)
@@ -37,7 +51,7 @@ class FeatureTable(NamedTuple):
     """Features of items, or of users: one column is an id of the MDP rows, its key, the others are fields."""
 
     key: str
-    table: pd.DataFrame
+    table: Table
 
     @property
     def fields(self) -> list[str]:
@@ -49,7 +63,7 @@ class PreparedDataset:
     """The MDP tables that an importer makes of raw logs.
 
     Attributes:
-        rows: the output of `order_rows`; columns split, timestamp, sessionid, the keys of the feature tables, the
+        rows: the output of `order_rows`, or a relation of DuckDB in that order; columns split, timestamp, sessionid, the keys of the feature tables, the
             context fields, and for each label `<label>` (0 or 1) and `<label>_time`, when its outcome was known, in ms;
             without that column, directly after the row. Other columns are not written, and named.
         row_counts: how many raw rows were read, dropped, merged and kept.
@@ -70,7 +84,7 @@ class PreparedDataset:
     """
 
     source: str
-    rows: pd.DataFrame
+    rows: Table
     row_counts: list[CountRow]
     inputs: list[Path]
     feature_tables: dict[str, FeatureTable]
@@ -82,7 +96,7 @@ class PreparedDataset:
     numbers: Sequence[str] = ()
     id_fields: Sequence[str] = ()
     simulation: dict[str, Any] | None = None
-    ground_truth: pd.DataFrame | None = None
+    ground_truth: Table | None = None
 
     def __post_init__(self) -> None:
         check_columns("rows", [str(name) for name in self.rows.columns if name != "split"], self.schema)
@@ -105,10 +119,25 @@ class PreparedDataset:
         }
 
     @property
-    def splits(self) -> dict[str, pd.DataFrame]:
-        offsets = np.searchsorted(self.rows["split"], range(len(SPLITS) + 1))
-        return {name: self.rows.iloc[start:stop]
-                for name, start, stop in zip(SPLITS, offsets[:-1], offsets[1:], strict=True)}
+    def splits(self) -> dict[str, Table]:
+        """The rows of each split, in the columns that are written."""
+        columns = ["timestamp", "sessionid", *id_columns(self.schema), *self.context, *reversed(self.labels)]
+        if not isinstance(self.rows, pd.DataFrame):
+            times = ", ".join(f"CASE WHEN {quoted(label)} > 0 THEN {quoted(self._known_from(label))} END AS "
+                              f"{quoted(f'{label}_time')}" for label in self.labels)
+            return {name: self.rows.filter(f"split = {number}").project(f"{', '.join(map(quoted, columns))}, {times}")
+                    for number, name in enumerate(SPLITS)}
+        written = self.rows[["split", *columns]].copy()
+        for label in self.labels:
+            known_from = self.rows[self._known_from(label)]
+            known_from = known_from.where(pd.to_numeric(self.rows[label], errors="coerce") > 0)
+            with contextlib.suppress(TypeError, ValueError):  # no whole numbers: reading them names the cell
+                known_from = known_from.astype("Int64")
+            written[f"{label}_time"] = known_from
+        return {name: written[written["split"] == number].drop(columns="split") for number, name in enumerate(SPLITS)}
+
+    def _known_from(self, label: str) -> str:
+        return f"{label}_time" if f"{label}_time" in self.rows.columns else "timestamp"
 
     @property
     def labels(self) -> list[str]:
@@ -156,10 +185,7 @@ def order_rows(rows: pd.DataFrame) -> pd.DataFrame:
             raise UserError(f"rows: column '{name}' is not of whole numbers ({rows[name].dtype}): {hint}")
     split = rows["split"].to_numpy()
     sessions = rows[["sessionid", "split"]].drop_duplicates()
-    found = np.unique(split).tolist()
-    if found != [*range(len(SPLITS))]:
-        raise UserError(f"the remaining {len(sessions):,} sessions ({len(rows):,} rows) cannot be cut into train, val "
-                        f"and test, 0, 1 and 2: they are in splits {found}: a larger log is needed")
+    require_splits(len(sessions), len(rows), np.unique(split).tolist())
     shared = sessions["sessionid"][sessions["sessionid"].duplicated()]
     if len(shared):
         raise UserError(f"session {shared.iloc[0]} is in two splits: number the sessions inside a split, see "
@@ -168,9 +194,16 @@ def order_rows(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.iloc[order[np.argsort(split[order], kind="stable")]].reset_index(drop=True)
 
 
-def validation_start(rows: pd.DataFrame) -> int:
+def require_splits(sessions: int, rows: int, found: Sequence[int]) -> None:
+    """Raise UserError unless the splits that were found are all of them."""
+    if [*found] != [*range(len(SPLITS))]:
+        raise UserError(f"the remaining {sessions:,} sessions ({rows:,} rows) cannot be cut into train, val and test, "
+                        f"0, 1 and 2: they are in splits {found}: a larger log is needed")
+
+
+def validation_start(rows: Table) -> int:
     """When validation starts, ms: feature tables must contain nothing later."""
-    return int(rows["timestamp"][rows["split"] == 1].min())
+    return int(as_relation(rows).filter("split = 1").min("timestamp").fetchall()[0][0])
 
 
 def require_new_folder(out_dir: Path) -> None:
@@ -181,70 +214,81 @@ def require_new_folder(out_dir: Path) -> None:
     check_writable(out_dir.parent)
 
 
-def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the folder `out_dir`: a CSV per split, the feature tables, and `manifest.json`, which describes them.
+def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any],
+                  file_format: str = "csv") -> None:
+    """Write the folder `out_dir`: a file per split, the feature tables, and `manifest.json`, which describes them.
 
-    Raises UserError if it exists already, or where `load_splits` would: what was written is read again.
+    file_format: one of `FORMATS`. Raises UserError if the folder exists already, or where `load_splits` would: what was
+    written is read again.
     """
     require_new_folder(out_dir)
+    tables: dict[str, Table] = {**dataset.splits}
+    tables |= {Path(name).stem: features.table for name, features in dataset.feature_tables.items()}
+    if dataset.ground_truth is not None:
+        tables["truth"] = dataset.ground_truth
+    schema = dataset.schema
+    schema["tables"] = {f"{Path(name).stem}.{file_format}": table for name, table in schema["tables"].items()}
     with atomic_folder(out_dir) as folder:
-        columns = ["timestamp", "sessionid", *id_columns(dataset.schema), *dataset.context, *reversed(dataset.labels)]
-        for name, split in dataset.splits.items():
-            written = split[columns].copy()
-            for label in dataset.labels:
-                known_from = split.get(f"{label}_time", split["timestamp"])
-                known_from = known_from.where(pd.to_numeric(split[label], errors="coerce") > 0)
-                with contextlib.suppress(TypeError, ValueError):  # no whole numbers: reading them names the cell
-                    known_from = known_from.astype("Int64")
-                written[f"{label}_time"] = known_from
-            written.to_csv(folder / f"{name}.csv", index=False)
-        for name, feature_table in dataset.feature_tables.items():
-            feature_table.table.to_csv(folder / name, index=False)
-        if dataset.ground_truth is not None:
-            dataset.ground_truth.to_csv(folder / "truth.csv", index=False)
+        for name, table in tables.items():
+            _write_table(table, folder / f"{name}.{file_format}")
+        counts = {name: as_relation(tables[name]).count("*").fetchall()[0][0] for name in SPLITS}
         manifest = {
             "format": 1,
             "source": dataset.source,
             "simulation": dataset.simulation,
-            "inputs": {path.name: sha256(path)
-                       for path in tqdm(dataset.inputs, "fingerprints", leave=False, disable=None)},
+            "inputs": {path.name: sha256(path) for path in dataset.inputs},
             "settings": dict(settings),
             "boundary": validation_start(dataset.rows),
             "row_counts": [[row.label, row.count] for row in dataset.row_counts],
-            **dataset.schema,
-            "rows": {name: len(split) for name, split in dataset.splits.items()},
-            "outputs": {path.name: sha256(path) for path in sorted(folder.glob("*.csv"))},
+            **schema,
+            "rows": counts,
+            "outputs": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
         write_json(folder / "manifest.json", manifest)
         try:
-            read_tables(folder, read_manifest(folder / "manifest.json"))
+            with connect() as con:
+                scan_tables(con, folder, read_manifest(folder / "manifest.json"))
         except UserError as error:
             raise UserError(f"not written: {str(error).replace(str(folder), str(out_dir))}") from None
+
+
+def _write_table(table: Table, path: Path) -> None:
+    """Write a CSV file as pandas does, an empty cell for an empty text, or a Parquet file."""
+    if isinstance(table, pd.DataFrame) and not is_parquet(path):
+        table.to_csv(path, index=False)
+        return
+    table = as_relation(table)
+    if is_parquet(path):
+        table.write_parquet(str(path), compression="zstd")
+    else:
+        table.project(", ".join(f"nullif({quoted(name)}, '') AS {quoted(name)}" if kind == "VARCHAR" else quoted(name)
+                                for name, kind in zip(table.columns, table.types, strict=True))).write_csv(
+            str(path), header=True)
 
 
 def print_row_counts(dataset: PreparedDataset) -> None:
     """Print how many raw rows were read, dropped, merged and kept, and statistics of the splits."""
     for row in dataset.row_counts:
         print(f"{'  ' * row.indent + row.label:<66}{row.count:>14,}")
-    rates = "".join(f"{label:>{max(9, len(label) + 2)}}" for label in dataset.labels)
-    print(f"\n{'':<8}{'rows':>12}{'sessions':>12}{rates}   rows per session: median, 99 %, max")
-    for name, split in {**dataset.splits, "all": dataset.rows}.items():
-        lengths = split.groupby("sessionid").size()
-        rates = "".join(f"{pd.to_numeric(split[label], errors='coerce').mean():>{max(9, len(label) + 2)}.2%}"
-                        for label in dataset.labels)
-        print(f"{name:<8}{len(split):>12,}{len(lengths):>12,}{rates}"
-              f"   {lengths.median():.0f}, {lengths.quantile(0.99):.0f}, {lengths.max()}")
+    width = {label: max(9, len(label) + 2) for label in dataset.labels}
+    print(f"\n{'':<8}{'rows':>12}{'sessions':>12}" + "".join(f"{label:>{width[label]}}" for label in dataset.labels)
+          + "   rows per session: median, 99 %, max")
+    rows = as_relation(dataset.rows)
+    outcomes = [f"TRY_CAST({quoted(label)} AS DOUBLE)" for label in dataset.labels]
+    sessions = "SELECT split, sessionid, count(*) AS rows" + "".join(
+        f", sum({outcome}) AS sum_{i}, count({outcome}) AS count_{i}" for i, outcome in enumerate(outcomes))
+    statistics = rows.query("rows_of_splits", f"""
+        SELECT coalesce(split, {len(SPLITS)}) AS number, sum(rows), count(*), quantile_cont(rows, 0.5),
+               quantile_cont(rows, 0.99), max(rows){"".join(f", sum(sum_{i}) / sum(count_{i})" for i in range(len(outcomes)))}
+        FROM ({sessions} FROM rows_of_splits GROUP BY split, sessionid) GROUP BY GROUPING SETS ((split), ())
+        ORDER BY number""")
+    for number, num_rows, num_sessions, median, most, longest, *means in statistics.fetchall():
+        rates = "".join(f"{mean:>{width[label]}.2%}" for label, mean in zip(dataset.labels, means, strict=True))
+        print(f"{[*SPLITS, 'all'][number]:<8}{num_rows:>12,}{num_sessions:>12,}{rates}   {median:.0f}, {most:.0f}, {longest}")
     cutoff = validation_start(dataset.rows)
-    after_cutoff = int((dataset.splits["train"]["timestamp"] > cutoff).sum())
+    (after_cutoff,) = rows.filter(f"split = 0 AND timestamp > {cutoff}").count("*").fetchall()[0]
     print(f"the first validation session starts at {pd.Timestamp(cutoff, unit='ms'):%Y-%m-%d %H:%M:%S} UTC; "
           f"{after_cutoff:,} train rows after the cutoff\n")
-
-
-def require_memory_for(memory_factor: Mapping[Path, float]) -> None:
-    """Raise UserError if raw files do not fit into memory. `memory_factor`: bytes of memory per byte of each CSV."""
-    sizes = {path: path.stat().st_size * (GZIP_RATIO if path.suffix == ".gz" else 1) for path in memory_factor}
-    require_free_memory(sum(sizes[path] * factor for path, factor in memory_factor.items()),
-                        f"{next(iter(sizes)).parent}: {sum(sizes.values()) / 2**30:.1f} GiB of CSV")
 
 
 def find_csv(raw_dir: Path, pattern: str, description: str, option: str = "--raw") -> list[Path]:
@@ -255,91 +299,96 @@ def find_csv(raw_dir: Path, pattern: str, description: str, option: str = "--raw
     return paths
 
 
-def read_with_progress(path: Path, schema: Mapping[str, ColumnType]) -> Iterator[pd.DataFrame]:
-    """The checked rows of a raw file, half a million at a time, with a progress bar."""
-    with tqdm(desc=path.name, unit=" rows", unit_scale=True, leave=False, disable=None) as bar:
-        for chunk in read_chunks(path, schema, chunk_rows=500_000):
-            yield chunk
-            bar.update(len(chunk))
-
-
-def read_tables(folder: Path, manifest: Mapping[str, Any],
-                is_published: bool = False) -> tuple[dict[str, pd.DataFrame], dict[str, FeatureTable]]:
-    """The rows of each split, and the feature tables by file name, each cell checked.
+def scan_tables(con: DuckDBPyConnection, folder: Path, manifest: Mapping[str, Any], is_published: bool = False,
+                ) -> tuple[dict[str, DuckDBPyRelation], dict[str, DuckDBPyRelation]]:
+    """The rows of each split, and the feature tables by file name, each cell checked; in columns as by `scan`.
 
     is_published: the folder has no manifest of its own: a session may be in two splits, further columns are expected.
     Raises UserError naming file, line and column.
     """
-    feature_tables = {name: read_feature_table(folder / name, table["key"], table["fields"], manifest["numbers"])
+    feature_tables = {name: scan_feature_table(con, folder / name, table["key"], table["fields"], manifest["numbers"])
                       for name, table in manifest["tables"].items()}
-    tables = {split: read_split(folder / f"{split}.csv", manifest) for split in SPLITS}
+    paths = {split: folder / table_file(manifest, split) for split in SPLITS}
+    tables = {split: scan_split(con, path, manifest) for split, path in paths.items()}
     if is_published:
         return tables, feature_tables
-    for split in SPLITS:
-        contradiction = find_contradiction(folder / f"{split}.csv", tables[split], manifest["tasks"])
+    for split, path in paths.items():
+        contradiction = find_contradiction(path, tables[split], manifest["tasks"])
         if contradiction and any("given" in task for task in manifest["tasks"]):
             raise UserError(contradiction)
-        check_columns(f"{folder / split}.csv, line 1", read_header(folder / f"{split}.csv"), manifest)
+        check_columns(f"{path}, line 1", read_header(path), manifest)
     for earlier, later in itertools.combinations(SPLITS, 2):
-        shared = np.intersect1d(tables[earlier]["sessionid"], tables[later]["sessionid"])
-        if len(shared):
-            raise UserError(f"{folder / later}.csv: session {shared[0]} is in {earlier}.csv too: splits must not share "
+        (shared,) = tables[earlier].project("sessionid").intersect(tables[later].project("sessionid")).min(
+            "sessionid").fetchall()[0]
+        if shared is not None:
+            raise UserError(f"{paths[later]}: session {shared} is in {paths[earlier].name} too: splits must not share "
                             "sessions")
-        different = sorted(set(tables[earlier]) ^ set(tables[later]))
+        different = sorted(set(tables[earlier].columns) ^ set(tables[later].columns))
         if different:
-            raise UserError(f"{folder / later}.csv: column '{different[0]}' is in it or in {earlier}.csv, not in both")
+            raise UserError(f"{paths[later]}: column '{different[0]}' is in it or in {paths[earlier].name}, not in both")
     return tables, feature_tables
 
 
-def find_contradiction(path: Path, table: pd.DataFrame, tasks: Sequence[Mapping[str, str]]) -> str:
+def read_tables(folder: Path, manifest: Mapping[str, Any],
+                is_published: bool = False) -> tuple[dict[str, pd.DataFrame], dict[str, FeatureTable]]:
+    """The tables of `scan_tables` in memory."""
+    with connect() as con:
+        tables, feature_tables = scan_tables(con, folder, manifest, is_published)
+        return ({split: to_frame(table) for split, table in tables.items()},
+                {name: FeatureTable(manifest["tables"][name]["key"], to_frame(table))
+                 for name, table in feature_tables.items()})
+
+
+def find_contradiction(path: Path, table: Table, tasks: Sequence[Mapping[str, str]]) -> str:
     """What the first row says that has an outcome without the one that it is given (`task_parents`); "" for none."""
-    for label, given in task_pairs(tasks, path):
-        is_wrong = (table[label] > table[given]).to_numpy()
-        if is_wrong.any():
-            return contradiction_message(path, int(is_wrong.argmax()), label, given, int(is_wrong.sum()))
+    parents = task_parents(tasks, path)
+    for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False):
+        label, given = task["label"], tasks[parent]["label"]
+        row, count = as_relation(table).query("labeled", f"""
+            SELECT min(row), count(*) FROM (SELECT row_number() OVER () - 1 AS row, {quoted(label)} > {quoted(given)} AS
+            is_wrong FROM labeled) WHERE is_wrong""").fetchall()[0] if parent >= 0 else (0, 0)
+        if count:
+            return (f"{cell_location(path, row, label)}: 1, but '{given}', which it implies, is 0 "
+                    f"({count:,} such rows)")
     return ""
 
 
-def task_pairs(tasks: Sequence[Mapping[str, str]], path: Path) -> list[tuple[str, str]]:
-    """The labels of the tasks that are given another one, with that one's label."""
-    parents = task_parents(tasks, path)
-    return [(task["label"], tasks[parent]["label"])
-            for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False) if parent >= 0]
+def scan_feature_table(con: DuckDBPyConnection, path: Path, key: str, fields: Sequence[str],
+                       numbers: Sequence[str] = ()) -> DuckDBPyRelation:
+    schema: dict[str, ColumnType] = {
+        key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
+    table = scan(con, path, schema)
+    if not table.limit(1).fetchall():
+        raise UserError(f"{path}: no rows below the header: is it the right file?")
+    for row, value in table.project(f"row, {quoted(key)} AS id").query("listed", """
+            SELECT max(row), id FROM listed GROUP BY id HAVING count(*) > 1 ORDER BY max(row) LIMIT 1""").fetchall():
+        raise UserError(f"{cell_location(path, row, key)}: duplicate {key.removesuffix('id')} {value}: remove one of its "
+                        "rows")
+    return table
 
 
-def contradiction_message(path: Path, row: int, label: str, given: str, count: int) -> str:
-    return f"{cell_location(path, row, label)}: 1, but '{given}', which it implies, is 0 ({count:,} such rows)"
-
-
-def feature_schema(key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> dict[str, ColumnType]:
-    """The columns of a feature table with their types."""
-    return {key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
-
-
-def read_feature_table(path: Path, key: str, fields: Sequence[str], numbers: Sequence[str] = ()) -> FeatureTable:
-    table = read_table(path, feature_schema(key, fields, numbers))
-    duplicates = table[key].duplicated().to_numpy()
-    if duplicates.any():
-        row = int(duplicates.argmax())
-        raise UserError(f"{cell_location(path, row, key)}: duplicate {key.removesuffix('id')} "
-                        f"{table[key][row]}: remove one of its rows")
-    return FeatureTable(key, table)
+def scan_split(con: DuckDBPyConnection, path: Path, manifest: Mapping[str, Any],
+               labels_optional: bool = False) -> DuckDBPyRelation:
+    schema, optional = _split_schema(manifest, labels_optional)
+    table = scan(con, path, schema, optional)
+    if not table.limit(1).fetchall():
+        raise UserError(f"{path}: no rows below the header: is it the right file?")
+    if "sessionid" not in table.columns:
+        if "visitorid" not in table.columns:
+            raise UserError(f"{path}, line 1: column 'sessionid' is missing (or the published 'visitorid')")
+        table = table.project("* RENAME (visitorid AS sessionid)")
+    return table
 
 
 def read_split(path: Path, manifest: Mapping[str, Any], labels_optional: bool = False) -> pd.DataFrame:
-    schema, optional = split_schema(manifest, labels_optional)
-    table = read_table(path, schema, optional)
-    if "sessionid" not in table:
-        if "visitorid" not in table:
-            raise UserError(f"{path}, line 1: column 'sessionid' is missing (or the published 'visitorid')")
-        table = table.rename(columns={"visitorid": "sessionid"})
-    return table
+    with connect() as con:
+        return to_frame(scan_split(con, path, manifest, labels_optional))
 
 
 def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any]) -> None:
     """Raise UserError, beginning with `where`, if a column of the rows is missing, or is the time of no label; print
     which columns are not used."""
-    schema, optional = split_schema(manifest)
+    schema, optional = _split_schema(manifest)
     require_columns(where, names, schema, optional)
     unused = [name for name in names if name not in schema]
     labels = ", ".join(str(task["label"]) for task in manifest["tasks"])
@@ -351,7 +400,7 @@ def check_columns(where: str, names: Sequence[str], manifest: Mapping[str, Any])
         print(f"{where}: not used, since no entry of the manifest names them: {', '.join(unused)}")
 
 
-def split_schema(manifest: Mapping[str, Any],
+def _split_schema(manifest: Mapping[str, Any],
                  labels_optional: bool = False) -> tuple[dict[str, ColumnType], list[str]]:
     """The columns of a split with their types, and which of them may be absent."""
     labels = [str(task["label"]) for task in manifest["tasks"]]
@@ -377,10 +426,10 @@ def verify_checksums(folder: Path, files: Sequence[str], manifest: dict[str, Any
             raise UserError(f"{folder}: {name} missing: put the file back, or make the folder again with "
                             "python3 -m dataset.prepare")
         if sha256(path) != digest:
-            if name.removesuffix(".csv") in SPLITS:  # the error of an invalid cell or column is more precise
-                read_split(path, manifest)
-            if name in manifest["tables"]:
-                table = manifest["tables"][name]
-                read_feature_table(path, table["key"], table["fields"], manifest["numbers"])
+            with connect() as con:  # the error of an invalid cell or column is more precise
+                if path.stem in SPLITS:
+                    scan_split(con, path, manifest)
+                if table := manifest["tables"].get(name):
+                    scan_feature_table(con, path, table["key"], table["fields"], manifest["numbers"])
             raise UserError(f"{path}: checksum mismatch (its SHA-256 differs from manifest.json): was it edited or cut "
                             "short? Prepare the folder again")

@@ -25,20 +25,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
-from common.csv_reader import ColumnType, cell_location, read_table
+from common.csv_reader import ColumnType, cell_location
+from common.duck import connect
 from common.errors import UserError, cli_entry_point
-from dataset.kuairand import LONG_TAILED, USER_FIELDS, VIDEO_FIELDS, read_features
+from dataset.engine import MINUTE_MS, Engine
+from dataset.kuairand import LONG_TAILED, make_users, make_videos
 from dataset.tables import (
-    MINUTE_MS,
     CountRow,
     FeatureTable,
     PreparedDataset,
     find_csv,
-    number_sessions,
-    order_rows,
     print_row_counts,
     require_new_folder,
     write_dataset,
@@ -49,7 +45,7 @@ TAIL_SCHEMA: dict[str, ColumnType] = {**ROW_SCHEMA, "order": "id", "history_len"
 DAYS_SCHEMA: dict[str, ColumnType] = {**ROW_SCHEMA, "time_ms": "id"}
 
 
-def load_tail(raw_dir: Path, feature_dir: Path) -> PreparedDataset:
+def load_tail(engine: Engine, raw_dir: Path, feature_dir: Path) -> PreparedDataset:
     """Read the two files of `raw_dir` and the feature tables of `feature_dir`.
 
     Raises UserError if a file is missing or a cell is invalid (file, line and column are named).
@@ -58,42 +54,43 @@ def load_tail(raw_dir: Path, feature_dir: Path) -> PreparedDataset:
                             for name in ("train_tail", "days_04-25_to_04-30"))
     users, videos = (find_csv(feature_dir, pattern, "KuaiRand's feature tables", "--features")
                      for pattern in ("user_features_*", "video_features_basic_*"))
-    tail, days = _read_tail(tail_file), read_table(days_file, DAYS_SCHEMA)
-    middle = np.sort(days["time_ms"])[len(days) // 2]
-    log = pd.concat([tail.assign(split=0), days.assign(split=np.where(days["time_ms"] < middle, 1, 2))],
-                    ignore_index=True)
-    is_long, is_like = log["long_view"] > 0, log["is_like"] > 0
-    rows = order_rows(pd.DataFrame({
-        "split": log["split"], "sessionid": number_sessions(log["user_id"], log["time_ms"], log["split"]),
-        "timestamp": log["time_ms"], "userid": log["user_id"], "itemid": log["video_id"],
-        "long_view": is_long.astype(np.int8), "like": (is_long & is_like).astype(np.int8)}))
-    user_table, user_counts = read_features(users, "user_id", "userid", USER_FIELDS, rows, "users")
-    video_table, video_counts = read_features(videos, "video_id", "itemid", VIDEO_FIELDS, rows, "videos")
-    video_table.insert(1, "video_id", video_table["itemid"].astype(str))  # the video itself is a field as well
+    tail_rows = engine.read("tail", [tail_file], TAIL_SCHEMA)
+    row, order, length = engine.query(
+        'SELECT row, "order", history_len FROM tail WHERE "order" >= history_len ORDER BY row LIMIT 1')
+    if row is not None:
+        raise UserError(f"{cell_location(tail_file, row, 'order')}: {order} is not below history_len, {length}")
+    days_rows = engine.read("days", [days_file], DAYS_SCHEMA)
+    (middle,) = engine.query(f"SELECT time_ms FROM days ORDER BY time_ms LIMIT 1 OFFSET {days_rows // 2}")
+    # Rules 1 and 2. Rows of one time keep the order of the files.
+    engine.step("impressions", f"""
+        SELECT user_id, video_id, long_view, is_like, last_time_ms - (history_len - 1 - "order") * {MINUTE_MS} AS time_ms,
+               0 AS split, row FROM tail
+        UNION ALL SELECT user_id, video_id, long_view, is_like, time_ms,
+                         CASE WHEN time_ms < {middle} THEN 1 ELSE 2 END AS split, row FROM days""")
+    engine.cut_sessions("session_impressions", "impressions", "split, user_id", "time_ms", 0)  # rule 3
+    # Rule 4.
+    engine.step("rows", """
+        SELECT log.split, log.sessionid, time_ms AS timestamp, user_id AS userid, video_id AS itemid,
+               CAST(long_view AS INTEGER) AS long_view, CAST(long_view * is_like AS INTEGER) AS "like"
+        FROM session_impressions AS log
+        JOIN (SELECT sessionid, min(time_ms) AS start FROM session_impressions GROUP BY sessionid) AS sessions
+        ON log.sessionid = sessions.sessionid
+        ORDER BY log.split, sessions.start, log.sessionid, time_ms, log.row""")
+    (unseen_likes,) = engine.query("SELECT count(*) FROM session_impressions WHERE is_like = 1 AND long_view = 0")
     row_counts = [
-        CountRow("rows before validation, at most 50 a user", len(tail), 0),
-        CountRow("rows of the days", len(days), 0),
-        CountRow("likes without a long view, not counted", int((~is_long & is_like).sum())),
+        CountRow("rows before validation, at most 50 a user", tail_rows, 0),
+        CountRow("rows of the days", days_rows, 0),
+        CountRow("likes without a long view, not counted", unseen_likes),
+        *make_users(engine, users),
+        *make_videos(engine, videos, has_duration=False),  # rule 5
     ]
     return PreparedDataset(
-        source="KuaiRand, the last rows of each user before validation", rows=rows,
-        row_counts=[*row_counts, *user_counts, *video_counts], inputs=[tail_file, days_file, *users, *videos],
-        feature_tables={"user_feadf.csv": FeatureTable("userid", user_table),
-                        "item_feadf.csv": FeatureTable("itemid", video_table)},
+        source="KuaiRand, the last rows of each user before validation", rows=engine.result("rows"),
+        row_counts=row_counts, inputs=[tail_file, days_file, *users, *videos],
+        feature_tables={"user_feadf.csv": FeatureTable("userid", engine.result("users")),
+                        "item_feadf.csv": FeatureTable("itemid", engine.result("videos"))},
         context=[], history_key="userid", long_tailed=list(LONG_TAILED), rates=(*LONG_TAILED, "tag"),
         tasks=[{"name": "CTR", "label": "long_view"}, {"name": "CTCVR", "label": "like"}])
-
-
-def _read_tail(path: Path) -> pd.DataFrame:
-    """Rule 1: the rows with their invented `time_ms`."""
-    tail = read_table(path, TAIL_SCHEMA)
-    is_invalid = (tail["order"] >= tail["history_len"]).to_numpy()
-    if is_invalid.any():
-        row = int(is_invalid.argmax())
-        raise UserError(f"{cell_location(path, row, 'order')}: {tail['order'][row]} is not below history_len, "
-                        f"{tail['history_len'][row]}")
-    rows_later = tail["history_len"] - 1 - tail["order"]  # impressions of the user after this one
-    return tail.assign(time_ms=tail["last_time_ms"] - rows_later * MINUTE_MS)
 
 
 @cli_entry_point
@@ -106,9 +103,10 @@ def cli() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write, for example dataset/krtail")
     args = parser.parse_args()
     require_new_folder(args.out)
-    dataset = load_tail(args.raw, args.features)
-    print_row_counts(dataset)
-    write_dataset(dataset, args.out, settings={})
+    with connect(folder=args.out.parent) as con:
+        dataset = load_tail(Engine(con), args.raw, args.features)
+        print_row_counts(dataset)
+        write_dataset(dataset, args.out, settings={})
     print(f"wrote {args.out}")
 
 

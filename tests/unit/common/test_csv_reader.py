@@ -16,9 +16,8 @@ from common.csv_reader import (
     MAX_EXACT_INT,
     ColumnType,
     cell_location,
-    count_lines,
+    count_rows,
     normalize_category,
-    read_chunks,
     read_csv_rows,
     read_table,
     write_csv,
@@ -80,13 +79,6 @@ def test_an_invalid_cell_is_named(tmp_path: Path, rows: str, line: int, column: 
     path = tmp_path / "train.csv"
     text = user_error_message(lambda: table_of(path, HEADER + rows))
     assert text.startswith(f"{path}, line {line}, column '{column}': ")
-
-
-def test_an_invalid_cell_in_a_later_chunk(tmp_path: Path) -> None:
-    path = tmp_path / "events.csv"
-    path.write_text(HEADER + "1,0,x\n" * 25 + "1,2,x\n")
-    text = user_error_message(lambda: list(read_chunks(path, COLUMNS, chunk_rows=10)))
-    assert text.startswith(f"{path}, line 27, column 'click': ")
 
 
 @given(rows=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 1), st.sampled_from(["", "x", "1 n2.0"])),
@@ -243,14 +235,6 @@ def test_repairs_are_counted_and_printed(tmp_path: Path, capsys: pytest.CaptureF
         f"{path}, line 3, column 'parent': '7.5' is not a whole number")
 
 
-def test_chunks_are_the_table(tmp_path: Path) -> None:
-    path = tmp_path / "a.csv"
-    table = table_of(path, HEADER + "".join(f"{i},{i % 2},v{i}\n" for i in range(25)))
-    chunks = list(read_chunks(path, COLUMNS, chunk_rows=10))
-    assert [len(chunk) for chunk in chunks] == [10, 10, 5]
-    pd.testing.assert_frame_equal(pd.concat(chunks, ignore_index=True), table)
-
-
 def test_optional_columns_and_optional_ids(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("itemid,parent\n1,\n2,7\n")
@@ -266,9 +250,9 @@ def test_normalize_category(value: str, normalized: str) -> None:
     assert normalize_category(value) == normalized
 
 
-def test_count_lines_over_several_blocks(tmp_path: Path) -> None:
+def test_count_rows_over_several_blocks(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_bytes(b"a" * 9 + b"\n" * 2_200_000 + b"b")
-    assert count_lines(tmp_path / "a.csv") == 2_200_000
+    assert count_rows(tmp_path / "a.csv") == 2_200_000
 
 
 # ----------------------------------------------------------------------------------------------------------- text cells
