@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import difflib
 import inspect
-import signal
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
+if __name__ == "__main__":
+    from common.errors import while_importing
+
+    while_importing()
 
 import gymnasium as gym
 import numpy as np

@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the program begins: Ctrl-C while torch loads is no traceback
+if __name__ == "__main__":
+    from common.errors import while_importing
+
+    while_importing()
 
 import pandas as pd
 

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("millions", type=float, nargs="+", help="million impressions")
     parser.add_argument("--folder", type=Path, help="where the data go, and stay (default: a temporary folder)")
     arguments = parser.parse_args()
-    print("| million impressions | " + " | ".join(PROGRAMS) + " |\n|---" * (len(PROGRAMS) + 1) + "|")
+    print("| million impressions | " + " | ".join(PROGRAMS) + " |\n|" + "---|" * (len(PROGRAMS) + 1))
     for millions in arguments.millions:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.folder / f"{millions:g}" if arguments.folder else Path(temporary)

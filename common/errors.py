@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any
 
 from common import distributed
@@ -59,10 +60,7 @@ def cli_entry_point(main: Callable[[], None], resumable: bool = False) -> Callab
                                    143 if isinstance(interrupt, Terminated) else 130)
             if isinstance(error, UserError):
                 _exit_with_message(f"error: {error}", 2)
-            if _is_out_of_memory(error):
-                reason = truncate(f"{error}".partition("\n")[0] or "allocation failed", 200)
-                _exit_with_message(f"error: out of memory ({reason}): use fewer rows, a smaller batch or a smaller "
-                                   "model", 2)
+            _exit_if_out_of_memory(error)
             if isinstance(error, OSError):
                 _exit_with_message(f"error: {error.filename or 'the output'}: {error.strerror or error}", 2)
             raise
@@ -93,11 +91,24 @@ def _root_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
     return error
 
 
-def _is_out_of_memory(error: Exception | KeyboardInterrupt) -> bool:
-    """Whether an allocation failed: in Python, numpy, torch (CPU and CUDA), DuckDB, a C++ library, the system."""
-    return (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "OutOfMemoryException")
+def while_importing() -> None:
+    """Until `cli_entry_point` takes over: Ctrl-C is no traceback, nor is a library for which there is no memory."""
+    def print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        _exit_if_out_of_memory(error)
+        sys.__excepthook__(kind, error, traceback)
+
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = print_error
+
+
+def _exit_if_out_of_memory(error: BaseException) -> None:
+    """Exit where an allocation failed: in Python, numpy, torch (CPU and CUDA), DuckDB, a C++ library, the system."""
+    if (isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "OutOfMemoryException")
             or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-            or any(text in str(error) for text in OUT_OF_MEMORY))
+            or any(text in str(error) for text in OUT_OF_MEMORY)):
+        reason = truncate(str(error).partition("\n")[0] or "allocation failed", 200)
+        _exit_with_message(f"error: out of memory ({reason}): use fewer rows, a smaller batch or a smaller model", 2)
 
 
 def _on_sigterm(_number: int, _frame: object) -> None:
