@@ -1,7 +1,8 @@
-"""Time and memory from 0.1 to 10 million rows: `python3 -m benchmarks.scaling` writes scale.json and scale.png.
+"""Time and memory of 1, 10 and 30 million rows: `python3 -m benchmarks.scaling` writes scale.json and scale.png.
 
 The default simulated tables are repeated with new session ids; then SLmain.py trains ESMM on them for one epoch, from
-the CSV files to the test metrics.
+the CSV files to the test metrics, with the data in memory-mapped files. Memory is the anonymous memory (RssAnon) of the
+process, sampled: pages of mapped files do not count, the system takes them back where it needs them.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from common.fileio import write_json
 from dataset.tables import SPLITS
 from train.plots import save_figure
 
-MILLIONS = (0.1, 0.3, 1.0, 3.0, 10.0)
+ROWS = (1_000_000, 10_000_000, 30_000_000)
 COMMAND = ("SLmain.py", "--dataset_name=scaled", "--model_name=esmm", "--epoch=1")
+SAMPLE_SECONDS = 0.1
 
 
 def tile_tables(source: Path, folder: Path, rows: int) -> int:
@@ -47,40 +49,57 @@ def tile_tables(source: Path, folder: Path, rows: int) -> int:
     return written
 
 
-def profile_run(folder: Path) -> dict[str, float]:
-    """Seconds and peak memory (GiB) of the command in `folder`, in a separate process. Raises UserError."""
-    start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / COMMAND[0]), *COMMAND[1:]], cwd=folder,
+def profile_run(folder: Path, *flags: str) -> dict[str, float]:
+    """Seconds and peak anonymous memory (GiB) of the command in `folder`, in a separate process. Raises UserError."""
+    start, peak = time.perf_counter(), 0
+    process = subprocess.Popen([sys.executable, str(REPOSITORY / COMMAND[0]), *COMMAND[1:], *flags], cwd=folder,
                                stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise UserError(f"{' '.join(COMMAND)}: exit code {os.waitstatus_to_exitcode(status)}")
-    return {"seconds": time.perf_counter() - start, "gib": usage.ru_maxrss / 2**20}
+    while process.poll() is None:
+        peak = max(peak, anonymous_memory(process.pid))
+        time.sleep(SAMPLE_SECONDS)
+    if process.returncode:
+        raise UserError(f"{' '.join([*COMMAND, *flags])}: exit code {process.returncode}")
+    return {"seconds": time.perf_counter() - start, "gib": peak / 2**30}
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of a process that are no pages of files; 0 where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
 @cli_entry_point
 def main() -> None:
-    argparse.ArgumentParser(prog=command_line([]), description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    out, cache, results = REPOSITORY / "docs" / "performance", cache_folder(), []
+    parser = argparse.ArgumentParser(prog=command_line([]), description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="how many (default 1, 10 and 30 million)")
+    parser.add_argument("--data", choices=["mapped", "memory"], default="mapped", help="where the data are")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "docs" / "performance", help="the folder of the "
+                        "results")
+    given = parser.parse_args()
+    cache, results = cache_folder(), []
     load_data(cache)
-    for millions in MILLIONS:
+    for count in given.rows:
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            rows = tile_tables(cache / "rt", Path(folder) / "dataset" / "scaled", round(millions * 1e6))
-            results.append({"rows": rows, **profile_run(Path(folder))})
+            rows = tile_tables(cache / "rt", Path(folder) / "dataset" / "scaled", count)
+            results.append({"rows": rows, **profile_run(Path(folder), f"--data={given.data}")})
         print(json.dumps(results[-1]), flush=True)
-    write_json(out / "scale.json", {"machine": hardware_info(), "command": " ".join(COMMAND), "results": results})
-    plot(results, out / "scale.png")
+    write_json(given.out / "scale.json", {"machine": hardware_info(), "command": " ".join(COMMAND),
+                                          "data": given.data, "results": results})
+    plot(results, given.out / "scale.png")
 
 
 def plot(results: list[dict[str, float]], path: Path) -> None:
     """Seconds and memory against rows, with the line from the first point to the last."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     millions = [result["rows"] / 1e6 for result in results]
-    for axes, (key, label) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("gib", "peak memory (GiB)")),
+    for axes, (key, label) in zip(figure.subplots(1, 2), (("seconds", "seconds"), ("gib", "anonymous memory (GiB)")),
                                   strict=True):
         values = [result[key] for result in results]
-        slope = (values[-1] - values[0]) / (millions[-1] - millions[0])
+        slope = (values[-1] - values[0]) / ((millions[-1] - millions[0]) or 1)
         axes.plot(millions, [values[0] + slope * (x - millions[0]) for x in millions], ":", color="grey",
                   label="linear")
         axes.plot(millions, values, "o", label=f"measured: {slope:.2g} per million rows")

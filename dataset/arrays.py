@@ -17,9 +17,8 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import duckdb
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -44,6 +43,9 @@ from dataset.manifest import id_columns, table_file
 from dataset.sessions import SessionIndex
 from dataset.simulate import GROUND_TRUTH_SCHEMA, config_from_manifest, scan_ground_truth
 from dataset.tables import SPLITS, find_contradiction, scan_tables
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 FORMAT = 1  # of the files here; another one is made again
 CHUNK_VECTORS = 128  # of 2,048 rows, which DuckDB hands over at a time
@@ -547,7 +549,7 @@ class _Builder:
         self.arrays[name] = array
         return array
 
-    def _cursor(self, query: str) -> duckdb.DuckDBPyConnection:
+    def _cursor(self, query: str) -> DuckDBPyConnection:
         """The rows of a query, of which several may be open at once."""
         cursor = self.con.cursor()
         cursor.execute("USE staged")

@@ -1,6 +1,6 @@
 """Programs killed at random moments, continued, and compared with an undisturbed run.
 
-    python3 tests/robustness/crash_trials.py --trials=50 simulate prepare SLmain RLmain polish experiments
+    python3 tests/robustness/crash_trials.py --trials=50 simulate prepare SLmain mapped RLmain polish experiments
 
 A process that has imported everything forks each run, so that a trial costs the run alone; signals, exit codes and
 files are real. Trial by trial SIGKILL and SIGTERM take turns, at a moment that is uniform over the undisturbed run;
@@ -83,6 +83,9 @@ PROGRAMS = {
     "SLmain": Program(SL, (SIMULATE, PREPARE),
                       (f"{SL_DIR}/metrics.csv", f"{SL_DIR}/rt_esmm_0.0.pt", f"{SL_DIR}/catemapper.json",
                        "pretrain/rt_esmm.pt"), "--learning_rate=0.002", SL_DIR),
+    "mapped": Program(f"{SL} --data=mapped", (SIMULATE, PREPARE),
+                      (f"{SL_DIR}/metrics.csv", f"{SL_DIR}/rt_esmm_0.0.pt", "dataset/rt/arrays-*/*"),
+                      "--learning_rate=0.002", SL_DIR),
     "RLmain": Program(RL, (SIMULATE, PREPARE, SL), (f"{RL_DIR}/metrics.csv", f"{RL_DIR}/*.pth",
                                                     "pretrain/memory.npz"), "--critic_lr=0.002", RL_DIR),
     "polish": Program(POLISH, (SIMULATE, PREPARE, SL, RL),
@@ -257,7 +260,8 @@ class Trials:
                 else f"left behind: {left}" if left else "")
 
 
-SAME = ("catemapper.json", "pretrain_actor.pth", "memory.npz", "actor.pth", "actor_target.pth")  # of any settings
+SAME = (".npy", "arrays.json", "catemapper.json", "pretrain_actor.pth", "memory.npz", "actor.pth",
+        "actor_target.pth")  # of any settings
 
 
 def trials(names: Sequence[str], count: int, seed: int) -> list[str]:

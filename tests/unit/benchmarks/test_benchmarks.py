@@ -6,11 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import throughput
+from benchmarks import scaling, throughput
 from benchmarks.__main__ import COMPARED, MODELS, main, ratios
 from benchmarks.scaling import tile_tables
 from dataset.rtrl import load_splits
@@ -70,3 +71,11 @@ def test_tiled_tables_load_as_a_data_set(rt_tables: Path, tmp_path: Path) -> Non
     assert tile_tables(rt_tables, tmp_path / "scaled", 2 * rows + 100) == 2 * rows + 100
     splits = load_splits(tmp_path / "scaled")
     assert len(splits.train) + len(splits.val) + len(splits.test) == 2 * rows + 100
+
+
+def test_anonymous_memory_is_that_of_no_file() -> None:
+    before = scaling.anonymous_memory(os.getpid())
+    block = np.ones(2**23)  # 64 MiB
+    assert 2**25 < scaling.anonymous_memory(os.getpid()) - before < 2**27
+    assert len(block)
+    assert scaling.anonymous_memory(2**30) == 0

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_features import ITEMS, LABELS
 
+from dataset import loader
 from dataset.loader import TensorLoader
 from dataset.rtrl import RetailRocketRLDataset
 
@@ -99,3 +100,35 @@ def test_unique_windows(window: int) -> None:
     unique, inverse = TensorLoader(data_set, 4, window=window).unique_rows
     assert inverse.tolist() == [0, 1, 0, 1, 2, 3]
     assert unique.tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(23, 2), (23, 3), (21, 4)])
+def test_each_process_reads_its_rows_of_every_batch(rows: int, processes: int) -> None:
+    """One after the other they have the batch; one with fewer rows than processes all of them have."""
+    whole = list(TensorLoader(numbered(rows), 5, seed=1))
+    shares = [list(TensorLoader(numbered(rows), 5, seed=1, rank=rank, world_size=processes))
+              for rank in range(processes)]
+    for number, batch in enumerate(whole):
+        for part, own in enumerate(batch):
+            given = [share[number][part] for share in shares]
+            if len(own) < processes:
+                assert all(torch.equal(own, other) for other in given)
+            else:
+                assert torch.equal(torch.cat(given), own)
+                assert max(map(len, given)) - min(map(len, given)) <= 1
+
+
+def test_a_large_data_set_is_shuffled_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row once; a batch has neighbours of several blocks; the order depends on seed and epoch."""
+    for name, value in (("PERMUTED_ROWS", 100), ("BLOCK_ROWS", 16), ("BLOCKS_AT_ONCE", 4)):
+        monkeypatch.setattr(loader, name, value)
+
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = TensorLoader(numbered(1000), 7, seed=seed)
+        batches.epoch = epoch
+        return order_of(batches)
+
+    assert sorted(order(1, 1)) == list(range(1000))
+    assert order(1, 1) == order(1, 1)
+    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}) == 4
+    assert len({row // 16 for row in order(1, 1)[:64]}) == 4

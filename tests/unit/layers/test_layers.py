@@ -263,6 +263,15 @@ def test_critic_equals_one_network_on_concatenation(field_dims: list[int], botto
     assert critic(ids, numbers, action).shape == (ROWS,)
 
 
+def test_many_rows_are_standardized_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = torch.randn(1000, 3) * torch.tensor([1.0, 20.0, 0.0]) + 5
+    whole, blocks = Standardizer(3), Standardizer(3)
+    whole.fit(numbers)
+    monkeypatch.setattr("layers.layers.STANDARDIZER_BLOCK", 64)
+    blocks.fit(numbers)
+    torch.testing.assert_close(blocks.state_dict(), whole.state_dict())
+
+
 def test_a_critic_reads_standardized_numbers() -> None:
     critic = Critic(FEW, NUMBERS, 4, (8,), (5,), dropout=0.0).eval()
     ids, numbers = batch(FEW)

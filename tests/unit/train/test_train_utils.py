@@ -247,6 +247,21 @@ def test_logloss_of_0_and_1_is_finite() -> None:
     assert got.auc == got.session_gauc == 0
 
 
+@pytest.mark.parametrize("positives", [0.1, 0.8])
+def test_metrics_of_many_rows_are_those_of_all_at_once(monkeypatch: pytest.MonkeyPatch, positives: float) -> None:
+    """With ties, and users whose rows are everywhere; a session may be longer than a block."""
+    rng = np.random.default_rng(2)
+    predictions = rng.integers(0, 60, 3000).astype(np.float32) / 60
+    labels = (rng.random(3000) < positives * (0.5 + predictions / 2)).astype(np.float32)
+    session, user = np.sort(rng.integers(0, 400, 3000)), rng.integers(0, 300, 3000) * 7
+    session[500:900] = session[500]
+    whole = task_metrics(predictions, labels, session, user)
+    monkeypatch.setattr("train.metrics.BLOCK_ROWS", 100)
+    assert task_metrics(predictions, labels, session, user) == pytest.approx(whole, rel=1e-12)
+    alone = task_metrics(predictions, np.ones(3000, np.float32), session, session)
+    assert np.isnan([alone.auc, alone.session_gauc, alone.user_gauc]).all()
+
+
 def test_group_auc_by_hand() -> None:
     """Group 5: pairs (0.9, 0.1) right and (0.9, 0.9) a tie, 3 rows of AUC 3/4. Group 2: one pair, wrong, 2 rows of AUC
     0. Group 8 has one class: left out. (3 x 3/4 + 2 x 0) / 5."""
