@@ -247,7 +247,7 @@ class RLArguments(Arguments):
     converge_trials: int = option(3, "... for so many epochs in a row", low=1)
     gamma: float = option(0.9, "discount of the next impression's reward", low=0, high=1)
     batch_size: int = option(512, "transitions an update", low=1)
-    memory_size: int = option(500_000, "transitions in the replay buffer; of a larger log, sessions drawn at random", low=1)
+    memory_size: int = option(500_000, "transitions in the replay buffer; random sessions of a larger log", low=1)
     memory_path: str = option("pretrain/memory.npz", "the file of the replay buffer")
     refill: bool = option(False, "fill a new replay buffer, even if there is one")
     ou_noise_theta: float = option(0.0, "mean of the exploration noise")
