@@ -34,7 +34,8 @@ class PredictArguments(Settings):
     """Scoring and export: `predict.py`."""
 
     model: str = option("", "the file of the model, such as pretrain/rt_esmm.pt")
-    rows: str = option("", "file (CSV, .csv.gz or Parquet) of the rows to score, in the columns of the MDP tables; labels are optional")
+    rows: str = option("", "CSV (or Parquet) of the rows to score, in the columns of the MDP tables; labels are "
+                       "optional")
     split: str = option("", "score a split of the data set instead", choices=["", *SPLITS])
     candidates: bool = option(False, "score each row as the next impression of its session, without the other rows: to "
                               "rank what could be shown")

@@ -21,7 +21,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import duckdb
 import numpy as np
@@ -36,21 +36,20 @@ if TYPE_CHECKING:  # DuckDB takes a tenth of a second to import
 csv.field_size_limit(2**31 - 1)  # a cell may exceed the default of 128 KiB
 
 ColumnType = Literal["id", "optional_id", "label", "number", "optional_number", "text", "optional_text"]
-SQL_TYPES = {"id": "BIGINT", "optional_id": "DOUBLE", "label": "FLOAT", "number": "DOUBLE", "optional_number": "DOUBLE",
-             "text": "VARCHAR", "optional_text": "VARCHAR"}
 WHITESPACE = " \t\v\f"  # ignored around a number
 NA_VALUES = ("NULL", "null", "NA", "NaN", "nan")  # an optional id or number that is missing
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 OPTIONAL_NUMBERS = ("optional_id", "optional_number")
 MAX_EXACT_INT = 2**53  # the largest integer up to which a float64, hence "1.44E+12", is exact
 ROWS_AT_ONCE = 100_000
+NOT_UTF8 = "not UTF-8 text: save it as UTF-8 CSV"
 
-# What a text cell is worth; NULL if it is invalid. Casts alone are not strict: BIGINT takes 12.7, 0x1f and 1_0.
-CELL_MACROS = rf"""
-CREATE OR REPLACE TEMP MACRO is_na(cell) AS trim(cell, '{WHITESPACE}') IN ('', {str(NA_VALUES)[1:-1]});
+# The value of a text cell, NULL if it is invalid. Casts alone are not strict: BIGINT takes 12.7 and 0x1f, DOUBLE 1_0.
+CELL_MACROS = f"""
+CREATE OR REPLACE TEMP MACRO is_na(cell) AS cell = '' OR trim(cell, '{WHITESPACE}') IN ('', {str(NA_VALUES)[1:-1]});
 CREATE OR REPLACE TEMP MACRO as_number(cell) AS CASE
-    WHEN regexp_full_match(trim(cell, '{WHITESPACE}'), '[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
-    AND isfinite(TRY_CAST(trim(cell, '{WHITESPACE}') AS DOUBLE)) THEN TRY_CAST(trim(cell, '{WHITESPACE}') AS DOUBLE) END;
+    WHEN isfinite(TRY_CAST(cell AS DOUBLE)) AND NOT contains(cell, '_') AND NOT contains(cell, '+-')
+    THEN TRY_CAST(cell AS DOUBLE) END;
 CREATE OR REPLACE TEMP MACRO as_id(cell) AS CASE
     WHEN CAST(TRY_CAST(cell AS BIGINT) AS VARCHAR) = cell
     AND TRY_CAST(cell AS BIGINT) BETWEEN {1 - MAX_EXACT_INT} AND {MAX_EXACT_INT - 1} THEN TRY_CAST(cell AS BIGINT)
@@ -59,23 +58,14 @@ CREATE OR REPLACE TEMP MACRO as_id(cell) AS CASE
 """
 CELL_VALUES = {
     "id": "as_id({0})",
-    "optional_id": "CAST(as_id({0}) AS DOUBLE)",
+    "optional_id": "CASE WHEN {0} <> '' THEN CAST(as_id({0}) AS DOUBLE) END",
     "label": "CASE WHEN {0} IN ('0', '1') THEN CAST({0} AS FLOAT) "
              "WHEN as_number({0}) IN (0, 1) THEN CAST(as_number({0}) AS FLOAT) END",
     "number": "as_number({0})",
-    "optional_number": f"CASE WHEN abs(as_number({{0}})) <= {MAX_FLOAT32!r} THEN as_number({{0}}) END",
+    "optional_number": f"CASE WHEN {{0}} <> '' AND abs(as_number({{0}})) <= {MAX_FLOAT32!r} THEN as_number({{0}}) END",
     "text": "nullif({0}, '')",
     "optional_text": "{0}",
 }
-
-
-class Row(NamedTuple):
-    """A row of a file: the line where it begins (of Parquet: its number), and its cells as text; none if the line is
-    blank. `is_open`: the file ends inside a quote."""
-
-    line: int
-    cells: list[str]
-    is_open: bool = False
 
 
 def log_repairs(path: Path, count: int, repair: str) -> None:
@@ -89,8 +79,8 @@ def cell_location(path: Path, row: int, column: str) -> str:
 
     The file is read again: blank lines and cells of several lines shift the line.
     """
-    rows = (found for found in _iter_rows(path) if found.cells)
-    return _location(path, next(itertools.islice(rows, row, None)).line, column)
+    lines = (line for line, cells, _ in _iter_rows(path) if cells)
+    return _location(path, next(itertools.islice(lines, row, None)), column)
 
 
 def _location(path: Path, line: int, column: str) -> str:
@@ -115,18 +105,12 @@ def is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
-def read_table(path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = ()) -> pd.DataFrame:
+def read_table(path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = (),
+               may_be_empty: bool = False) -> pd.DataFrame:
     """Read a whole file into memory; see `scan`. An id is int64, a label float32, another number float64, NaN where it
-    is missing. Raises UserError if there are no rows."""
-    table = _read_table(path, columns, optional)
-    if table.empty:
-        raise UserError(f"{path}: no rows below the header: is it the right file?")
-    return table
-
-
-def _read_table(path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = ()) -> pd.DataFrame:
+    is missing."""
     with _connection().cursor() as con:
-        return to_frame(scan(con, path, columns, optional))
+        return to_frame(scan(con, path, columns, optional, may_be_empty))
 
 
 def to_frame(relation: DuckDBPyRelation) -> pd.DataFrame:
@@ -140,15 +124,22 @@ def as_relation(table: pd.DataFrame | DuckDBPyRelation) -> DuckDBPyRelation:
     return _connection().cursor().from_df(table) if isinstance(table, pd.DataFrame) else table
 
 
+def select(table: pd.DataFrame | DuckDBPyRelation, query: str) -> list[tuple[Any, ...]]:
+    """The result of a query on a table, which is called `rows` there."""
+    result = as_relation(table).query("rows", query)
+    return result.fetchall() if result else []
+
+
 @functools.cache
 def _connection() -> DuckDBPyConnection:
     """The connection of tables that are read into memory; opening one takes longer than reading a small file."""
 
-    return duckdb.connect(":memory:", config={"threads": 1})  # no threads of its own, so that a process may fork
+    # No threads of its own, so that a process may fork; no temporary files, since the result is in memory anyway.
+    return duckdb.connect(":memory:", config={"threads": 1, "temp_directory": ""})
 
 
-def scan(con: DuckDBPyConnection, path: Path, columns: Mapping[str, ColumnType],
-         optional: Sequence[str] = ()) -> DuckDBPyRelation:
+def scan(con: DuckDBPyConnection, path: Path, columns: Mapping[str, ColumnType], optional: Sequence[str] = (),
+         may_be_empty: bool = False) -> DuckDBPyRelation:
     """The given columns of a CSV (plain or .gz) or Parquet file, checked; and `row`, BIGINT, from 0, in file order.
 
     The relation reads the file again when it is used. Column types: `id` a whole number below 2^53 (`12`, `12.0`,
@@ -158,28 +149,32 @@ def scan(con: DuckDBPyConnection, path: Path, columns: Mapping[str, ColumnType],
 
     Repairs, counted and printed: blank lines are skipped; NULL, NA, nan and blank cells of an `optional_id` or
     `optional_number` are empty.
-    Raises UserError naming file, line and column of an invalid cell.
+    Raises UserError naming file, line and column of an invalid cell, or if there are no rows (unless `may_be_empty`).
     """
 
     header = read_header(path)
     require_columns(f"{path}, line 1", header, columns, optional)
-    schema = {name: column_type for name, column_type in columns.items() if name in header}
+    schema = {f"coalesce(c{header.index(name)}, '')": (name, column_type) for name, column_type in columns.items()
+              if name in header}
     con.execute(CELL_MACROS)
-    cells = {name: f"coalesce(c{header.index(name)}, '')" for name in schema}
-    source = _text_cells(path, header)
-    values = ", ".join(f"{CELL_VALUES[column_type].format(cells[name])} AS {quoted(name)}"
-                       for name, column_type in schema.items())
-    blank_lines: int | None = None
-    na_cells = 0
-    with contextlib.suppress(duckdb.InvalidInputException, duckdb.IOException, duckdb.ConversionException):
-        blank_lines, na_cells = _check(con, path, source, cells, schema, len(header))
-    if blank_lines is None:
-        relation, blank_lines, na_cells = _read_row_by_row(con, path, header, schema)
-    else:
-        relation = con.sql(f"SELECT {values}, row_number() OVER () - 1 AS row FROM {source}")
+    source, blank_lines, counts = _cells_of(path, header), 0, None
+    facts = (0, 0, False) if is_parquet(path) else _count_bytes(path)
+    if facts and (len(header) > 1 or is_parquet(path)):  # a blank line is a row to DuckDB if there is one column
+        with contextlib.suppress(duckdb.InvalidInputException, duckdb.IOException):
+            rows, num_invalid, num_na, commas, lines = counts = _count_cells(con, source, header, schema, facts[2])
+            blank_lines = 0 if is_parquet(path) else facts[1] - lines
+            if num_invalid or (facts[0] != commas and not is_parquet(path)):  # it drops an empty cell too many
+                counts = None
+    if counts is None:
+        source, blank_lines = _copy_rows(con, path, header, dict(schema.values()))
+        rows, _, num_na, _, _ = _count_cells(con, source, header, schema, False)
+    if not rows and not may_be_empty:
+        raise UserError(f"{path}: no rows below the header: is it the right file?")
     log_repairs(path, blank_lines, "blank lines skipped")
-    log_repairs(path, na_cells, "NULL, NA, nan or blank cells read as empty")
-    return relation
+    log_repairs(path, num_na, "NULL, NA, nan or blank cells read as empty")
+    values = ", ".join(f"{CELL_VALUES[column_type].format(cell)} AS {quoted(name)}"
+                       for cell, (name, column_type) in schema.items())
+    return con.sql(f"SELECT {values}, row_number() OVER () - 1 AS row FROM {source}")
 
 
 def quoted(name: str) -> str:
@@ -192,7 +187,7 @@ def literal(value: Any) -> str:
     return "'" + str(value).replace("'", "''") + "'"
 
 
-def _text_cells(path: Path, header: Sequence[str]) -> str:
+def _cells_of(path: Path, header: Sequence[str]) -> str:
     """SQL for the cells of a file as text, columns c0, c1, ..., all of which are in the header."""
     file = literal(glob.escape(str(path.absolute())))
     if is_parquet(path):
@@ -204,121 +199,101 @@ def _text_cells(path: Path, header: Sequence[str]) -> str:
             f"auto_detect = false, hive_partitioning = false, compression = '{compression}')")
 
 
-def _check(con: DuckDBPyConnection, path: Path, source: str, cells: Mapping[str, str],
-           schema: Mapping[str, ColumnType], width: int) -> tuple[int | None, int]:
-    """The number of blank lines, None if DuckDB does not read this file as it is, and of NA cells.
+def _count_cells(con: DuckDBPyConnection, source: str, header: Sequence[str],
+                 schema: Mapping[str, tuple[str, ColumnType]], is_quoted: bool) -> list[int]:
+    """The numbers of rows, of rows with an invalid cell, of NA cells, and of commas and line ends in the file."""
+    optional = [cell for cell, (_, column_type) in schema.items() if column_type in OPTIONAL_NUMBERS]
+    invalid = [f"{CELL_VALUES[column_type].format(cell)} IS NULL" + f" AND NOT is_na({cell})" * (cell in optional)
+               for cell, (_, column_type) in schema.items() if column_type != "optional_text"]
+    na = [f"count(*) FILTER ({cell} <> '' AND is_na({cell}))" for cell in optional]
+    text = " || ".join(f"coalesce(c{number}, '')" for number in range(len(header))) if is_quoted else "''"
+    line = ",".join(header)
+    outside = {",": f"{line.count(',')} + count(*) * {len(header) - 1}", "\n": f"{line.count(chr(10))} + count(*) + 1"}
+    ends = [f"{count} + coalesce(sum(length({text}) - length(replace({text}, '{char}', ''))), 0)"
+            for char, count in outside.items()]
+    return [*con.execute(f"SELECT count(*), count(*) FILTER ({' OR '.join(invalid) or 'false'}), "
+                         f"{' + '.join(na) or '0'}, {', '.join(ends)} FROM {source}").fetchall()[0]]
 
-    DuckDB drops blank lines, blanks around quotes and an empty cell too many without a word, and takes NUL bytes: lines
-    and commas are counted in the bytes of the file, too.
+
+def _count_bytes(path: Path) -> tuple[int, int, bool] | None:
+    """The numbers of commas and lines of a CSV file, and whether there are quotes; None if it is not UTF-8, or if it
+    has NUL bytes, mixed line ends or blanks around quotes, which DuckDB reads in another way.
+
+    Raises UserError if the file is corrupt.
     """
-    facts = None if is_parquet(path) else _count_bytes(path)
-    if facts is not None and (facts.is_unusual or width == 1):
-        return None, 0
-    optional = [cells[name] for name, column_type in schema.items() if column_type in OPTIONAL_NUMBERS]
-    invalid = [f"{CELL_VALUES[column_type].format(cells[name])} IS NULL"
-               + f" AND NOT is_na({cells[name]})" * (column_type in OPTIONAL_NUMBERS)
-               for name, column_type in schema.items() if column_type != "optional_text"]
-    everything = " || ".join(f"coalesce(c{i}, '')" for i in range(width)) if facts and facts.is_quoted else "''"
-    inside = ", ".join(f"coalesce(sum(length({everything}) - length(replace({everything}, {character}, ''))), 0)"
-                       for character in ("','", "chr(10)"))
-    rows, bad, na, commas, lines = con.execute(
-        f"SELECT count(*), count(*) FILTER ({' OR '.join(invalid) or 'false'}), "
-        f"{' + '.join(f'count(*) FILTER (is_na({cell}) AND {cell} <> {chr(39) * 2})' for cell in optional) or '0'}, "
-        f"{inside} FROM {source}").fetchall()[0]
-    if facts is None:
-        return None if bad else 0, na
-    is_read = not bad and facts.commas == (rows + 1) * (width - 1) + commas
-    return facts.lines - (rows + 1) - lines if is_read else None, na
-
-
-class ByteCounts(NamedTuple):
-    """What the bytes of a CSV file contain; `is_unusual`: what DuckDB reads in another way than Python's `csv`."""
-
-    commas: int
-    lines: int
-    is_quoted: bool
-    is_unusual: bool
-
-
-def _count_bytes(path: Path) -> ByteCounts:
-    """Read a file once. Raises UserError if it is corrupt, or not UTF-8 text."""
     commas = lines = returns = 0
-    is_quoted = is_unusual = False
+    is_quoted, last = False, b"\n"
     decoder = codecs.getincrementaldecoder("utf-8")()
-    last = b"\n"
     try:
         with _open_maybe_gzip(path, "rb") as file:
             while block := file.read(1 << 20):
                 array = np.frombuffer(block, np.uint8)
                 commas += int(np.count_nonzero(array == ord(",")))
                 lines += int(np.count_nonzero(array == ord("\n")))
-                if not block.isascii() or decoder.getstate()[0]:
-                    decoder.decode(block)
-                pairs = last + block  # with the two bytes on both sides of the cut
-                returns += pairs.count(b"\r\n")
+                decoder.decode(block)
+                block = last + block  # both sides of the cut
+                returns += block.count(b"\r\n")
                 is_quoted |= b'"' in block
-                is_unusual |= b"\0" in block or (b"\r" in pairs and re.search(rb"\r(?!\n|\Z)", pairs) is not None) or (
-                    b'"' in pairs and re.search(rb'[ \t]"|"[ \t]', pairs) is not None)
+                if b"\0" in block or (b"\r" in block and re.search(rb"\r(?!\n|\Z)", block)) or (
+                        is_quoted and re.search(rb'[ \t]"|"[ \t]', block)):
+                    return None
                 last = block[-1:]
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:
-        raise _encoding_error(path) from None
+        return None
     except (OSError, EOFError, zlib.error) as error:
         raise _unreadable(path, error) from error
-    is_unusual |= last == b"\r" or returns not in (0, lines)
-    return ByteCounts(commas, lines + (last != b"\n"), is_quoted, is_unusual)
+    return (commas, lines + (last != b"\n"), is_quoted) if returns in (0, lines) and last != b"\r" else None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: corrupt or cut short: {getattr(error, 'strerror', None) or error}")
 
 
-def _read_row_by_row(con: DuckDBPyConnection, path: Path, header: Sequence[str],
-                     schema: Mapping[str, ColumnType]) -> tuple[DuckDBPyRelation, int, int]:
-    """The rows of a file as a temporary table, and the numbers of its blank lines and NA cells.
+def _copy_rows(con: DuckDBPyConnection, path: Path, header: Sequence[str],
+               schema: Mapping[str, ColumnType]) -> tuple[str, int]:
+    """The name of a temporary table of the cells of a file, and the number of its blank lines; read row by row.
 
     Raises UserError naming the first invalid cell.
     """
-    table = f"rows_{secrets.token_hex(8)}"
-    columns = ", ".join(f"{quoted(name)} {SQL_TYPES[column_type]}" for name, column_type in schema.items())
-    con.execute(f"CREATE TEMP TABLE {table} ({columns}, row BIGINT)")
-    counts = {"blank": 0, "na": 0}
+    blank_lines = 0
 
-    def checked() -> Iterator[list[Any]]:
-        for row in _iter_rows(path):
-            counts["blank"] += not row.cells
-            if row.cells:
-                _require_width(path, header, row)
-                cells = dict(zip(header, row.cells, strict=True))
-                for name, cell in cells.items():
-                    if problem := "NUL bytes: the file is corrupt" * ("\0" in cell) or _cell_error(cell, schema.get(name)):
-                        raise UserError(f"{_location(path, row.line, name)}: {problem}")
-                if row.is_open:
-                    raise UserError(f"{_location(path, row.line, header[-1])}: unterminated quote: is the file cut short?")
-                counts["na"] += sum(_is_na(cells[name]) and cells[name] != "" for name, column_type in schema.items()
-                                    if column_type in OPTIONAL_NUMBERS)
-                yield [_cell_value(cells[name], column_type) for name, column_type in schema.items()]
+    def rows() -> Iterator[list[str]]:
+        nonlocal blank_lines
+        for line, row, is_open in _iter_rows(path):
+            blank_lines += not row
+            if row:
+                column, problem = _row_error(header, schema, row, is_open)
+                if problem:
+                    raise UserError(f"{_location(path, line, column)}: {problem}")
+                yield row
 
+    names = [f"c{number}" for number in range(len(header))]
+    table = f"cells_{secrets.token_hex(8)}"
+    con.execute(f"CREATE TEMP TABLE {table} ({', '.join(f'{name} VARCHAR' for name in names)})")
     try:
-        rows = checked()
-        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE)):
-            frame = pd.DataFrame(chunk, columns=pd.Index(schema))
-            con.register("chunk_of_rows", frame)
-            con.execute(f"INSERT INTO {table} SELECT *, (SELECT count(*) FROM {table}) + row_number() OVER () - 1 "
-                        "FROM chunk_of_rows")
-            con.unregister("chunk_of_rows")
+        remaining = rows()
+        while chunk := list(itertools.islice(remaining, ROWS_AT_ONCE)):
+            con.register("new_rows", pd.DataFrame(chunk, columns=names, dtype=object))
+            con.execute(f"INSERT INTO {table} SELECT * FROM new_rows")
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise _unreadable(path, error) from error
-    return con.table(table), counts["blank"], counts["na"]
+    return table, blank_lines
 
 
-def _cell_value(cell: str, column_type: ColumnType) -> Any:
-    """The value of a valid cell."""
-    if column_type in ("text", "optional_text"):
-        return cell
-    if column_type in OPTIONAL_NUMBERS and _is_na(cell):
-        return None
-    return int(float(cell)) if column_type == "id" else float(cell)
+def _row_error(header: Sequence[str], schema: Mapping[str, ColumnType], row: Sequence[str],
+               is_open: bool) -> tuple[str, str]:
+    """The column of the first error of a row, and what is wrong; "" if nothing is."""
+    if len(row) > len(header):
+        return header[-1], f"{len(row)} cells, but the header has {len(header)}"
+    if len(row) < len(header):
+        return header[len(row)], f"only {len(row)} of {len(header)} cells: is the file cut short?"
+    for name, cell in zip(header, row, strict=True):
+        problem = ("NUL bytes: the file is corrupt" * ("\0" in cell) or NOT_UTF8 * (not _is_utf8(cell))
+                   or _cell_error(cell, schema.get(name)))
+        if problem:
+            return name, problem
+    return header[-1], "unterminated quote: is the file cut short?" * is_open
 
 
 def require_columns(where: str, header: Sequence[str], columns: Iterable[str], optional: Sequence[str] = ()) -> None:
@@ -341,13 +316,14 @@ def _is_number(text: str) -> bool:
     return False
 
 
-def _iter_rows(path: Path) -> Iterator[Row]:
-    """The rows of a file below its header, one by one."""
+def _iter_rows(path: Path) -> Iterator[tuple[int, list[str], bool]]:
+    """Of each row below the header: its first line (of Parquet: its number), its cells as text, none if the line is
+    blank, and whether the file ends inside a quote of it."""
     if is_parquet(path):
         with _connection().cursor() as con:
-            cells = con.execute(f"SELECT COLUMNS(c -> coalesce(c, '')) FROM {_text_cells(path, read_header(path))}")
-            while chunk := cells.fetchmany(ROWS_AT_ONCE):
-                yield from (Row(row, list(cells)) for row, cells in enumerate(chunk, start=1))
+            result = con.execute(f"SELECT coalesce(COLUMNS(*), '') FROM {_cells_of(path, read_header(path))}")
+            rows = itertools.chain.from_iterable(iter(lambda: result.fetchmany(ROWS_AT_ONCE), []))
+            yield from ((number, list(cells), False) for number, cells in enumerate(rows, start=1))
         return
     with _open_maybe_gzip(path, "rt") as file:
         raw, is_end = "", False
@@ -363,24 +339,29 @@ def _iter_rows(path: Path) -> Iterator[Row]:
             line, end = end + 1, reader.line_num
             if line > 1:
                 is_blank = len(cells) == 1 and '"' not in raw and not cells[0].strip(" \t")
-                yield Row(line, [] if is_blank else cells, is_end)
+                yield line, [] if is_blank else cells, is_end
 
 
 def _open_maybe_gzip(path: Path, mode: Literal["rb", "rt"]) -> Any:
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    return opener(path, mode) if mode == "rb" else opener(path, mode, encoding="utf-8-sig", newline="")
+    return opener(path, mode) if mode == "rb" else opener(path, mode, encoding="utf-8-sig", errors="surrogateescape",
+                                                          newline="")
 
 
 def read_header(path: Path) -> list[str]:
     """The names of the columns of a CSV file. Raises UserError if it has none, or one twice."""
     require_regular_file(path)
+    if is_parquet(path):
+        return _parquet_header(path)
     try:
         with _open_maybe_gzip(path, "rt") as file:
             header = next(csv.reader(file), [])
-    except UnicodeDecodeError:
-        raise _encoding_error(path) from None
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from None
+    if header and header[0].startswith("\x1f\udc8b"):
+        raise UserError(f"{path}: not UTF-8 text but gzip: name it {path.name}.gz, or unpack it")
+    if not all(map(_is_utf8, header)):
+        raise UserError(f"{path}, line 1: {NOT_UTF8}")
     if not any(header):
         raise UserError(f"{path}: the file is empty: expected a CSV header in line 1")
     duplicates = [name for name in header if header.count(name) > 1]
@@ -392,31 +373,18 @@ def read_header(path: Path) -> list[str]:
     return header
 
 
-def _encoding_error(path: Path) -> UserError:
-    """The error for the first byte that is not UTF-8, with its line and column."""
-    header: list[str] = []
-    with _open_maybe_gzip(path, "rb") as file:
-        if file.read(2) == b"\x1f\x8b":
-            return UserError(f"{path}: not UTF-8 text but gzip: name it {path.name}.gz, or unpack it")
-        file.seek(0)
-        for number, line in enumerate(file, start=1):
-            try:
-                header = header or next(csv.reader([line.decode("utf-8-sig")]), [])
-                line.decode()
-            except UnicodeDecodeError as bad:
-                cells = next(csv.reader([line[: bad.start].decode()]), [""])
-                column = f", column '{header[len(cells) - 1]:.40}'" if 0 < len(cells) <= len(header) else ""
-                return UserError(f"{path}, line {number}{column}: not UTF-8 text ({bad.reason}): save it as UTF-8 CSV")
-    return UserError(f"{path}: not UTF-8 text: save it as UTF-8 CSV")
+def _parquet_header(path: Path) -> list[str]:
+    import duckdb
+
+    try:
+        with _connection().cursor() as con:
+            return con.read_parquet(glob.escape(str(path.absolute())), hive_partitioning=False).columns
+    except duckdb.Error as error:
+        raise UserError(f"{path}: cannot read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _require_width(path: Path, header: Sequence[str], row: Row) -> None:
-    if len(row.cells) > len(header):
-        raise UserError(f"{_location(path, row.line, header[-1])}: {len(row.cells)} cells, but the header has "
-                        f"{len(header)}")
-    if len(row.cells) < len(header):
-        raise UserError(f"{_location(path, row.line, header[len(row.cells)])}: only {len(row.cells)} of {len(header)} "
-                        "cells: is the file cut short?")
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or not any("\udc80" <= char <= "\udcff" for char in text)
 
 
 def _cell_error(cell: str, column_type: ColumnType | None) -> str:
@@ -467,4 +435,5 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def read_csv_rows(path: Path, columns: Sequence[str] = ()) -> list[dict[str, str]]:
     """The rows of a file of `write_csv` as text cells. Raises UserError if one of `columns` is missing."""
-    return _read_table(path, dict.fromkeys([*columns, *read_header(path)], "optional_text")).to_dict("records")
+    schema: dict[str, ColumnType] = dict.fromkeys([*columns, *read_header(path)], "optional_text")
+    return read_table(path, schema, may_be_empty=True).to_dict("records")

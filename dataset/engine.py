@@ -21,16 +21,17 @@ class Engine:
     def __init__(self, con: DuckDBPyConnection) -> None:
         self.con = con
 
-    def read(self, name: str, paths: Sequence[Path], schema: Mapping[str, ColumnType], may_be_empty: bool = False) -> int:
+    def read(self, name: str, paths: Sequence[Path], schema: Mapping[str, ColumnType],
+             may_be_empty: bool = False) -> int:
         """Make `name` the checked rows of files (`scan`), with `file`, from 0, and `row`; return their number.
 
         Raises UserError naming file, line and column of an invalid cell, and if there are no rows.
         """
         for number, path in enumerate(paths):
-            scan(self.con, path, schema).create_view(f"{name}_{number}")
+            scan(self.con, path, schema, may_be_empty=True).create_view(f"{name}_{number}")
         union = " UNION ALL ".join(f"SELECT *, {number} AS file FROM {name}_{number}" for number in range(len(paths)))
         self.con.execute(f"CREATE TEMP VIEW {name} AS {union}")
-        (rows,) = self.con.execute(f"SELECT count(*) FROM {name}").fetchall()[0]
+        (rows,) = self.query(f"SELECT count(*) FROM {name}")
         if not rows and not may_be_empty:
             raise UserError(f"{paths[0]}: no rows below the header: is it the right file?")
         return int(rows)
@@ -74,8 +75,5 @@ class Engine:
         self.step(f"{name}_numbers", f"""
             SELECT {keys}, part, row_number() OVER (ORDER BY {keys}, part) - 1 AS sessionid
             FROM (SELECT DISTINCT {keys}, {part} AS part FROM {parts}) AS distinct_parts""")
-        on = " AND ".join(f"rows.{key.strip()} = numbers.{key.strip()}" for key in keys.split(","))
-        self.step(name, f"SELECT rows.*, numbers.sessionid FROM {parts} AS rows JOIN {name}_numbers AS numbers "
-                        f"ON {on} AND rows.{part} = numbers.part" if gap_minutes else
-                  f"SELECT rows.*, numbers.sessionid FROM {parts} AS rows JOIN {name}_numbers AS numbers ON {on}",
+        self.step(name, f"SELECT * FROM {parts} JOIN {name}_numbers USING ({keys}{', part' * bool(gap_minutes)})",
                   drop=[parts, f"{name}_numbers"])

@@ -48,10 +48,9 @@ def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int
     row_counts = _make_rows(engine, logs, session_gap, min_session, labels)
     row_counts += make_users(engine, users)
     row_counts += make_videos(engine, videos, has_duration=True)
-    outcomes = ", ".join(f"{quoted(label)}, {quoted(f'{label}_time')}" for label in labels)
     return PreparedDataset(
-        source="KuaiRand", rows=engine.result("rows").project(f"split, sessionid, timestamp, userid, itemid, tab, {outcomes}"),
-        row_counts=row_counts, inputs=[*logs, *users, *videos],
+        source="KuaiRand", rows=engine.result("rows"), row_counts=row_counts,
+        inputs=[*logs, *users, *videos],
         feature_tables={"user_feadf.csv": FeatureTable("userid", engine.result("users")),
                         "item_feadf.csv": FeatureTable("itemid", engine.result("videos"))},
         context=["tab"], history_key="userid", long_tailed=list(LONG_TAILED), rates=RATES, tasks=tasks)
@@ -80,10 +79,10 @@ def _make_rows(engine: Engine, logs: Sequence[Path], session_gap: float, min_ses
     schema: dict[str, ColumnType] = {**LOG_SCHEMA, **dict.fromkeys(others, "label")}
     rows_read = engine.read("log", logs, schema)
     # 2. Of rows with the same user, video and time the one with the longest play time is kept.
-    ties = ", ".join(["play_time_ms DESC, long_view DESC, is_click DESC, tab", *(f"{name} DESC" for name in others[::-1])])
+    ties = ["play_time_ms DESC", "long_view DESC", "is_click DESC", "tab", *(f"{name} DESC" for name in others[::-1])]
     engine.step("impressions", f"""
         SELECT {", ".join(schema)}
-        FROM (SELECT *, row_number() OVER (PARTITION BY time_ms, user_id, video_id ORDER BY {ties}) AS number
+        FROM (SELECT *, row_number() OVER (PARTITION BY time_ms, user_id, video_id ORDER BY {", ".join(ties)}) AS number
               FROM log) AS numbered
         WHERE number = 1""")
     # 3. Rows are ordered by time and cut 6:2:2 by number into train, val and test; rows of the same time stay together.
@@ -132,25 +131,26 @@ def _make_rows(engine: Engine, logs: Sequence[Path], session_gap: float, min_ses
 def make_users(engine: Engine, paths: Sequence[Path]) -> list[CountRow]:
     """Step 7 for users: the table `users`."""
     row_counts = _make_features(engine, paths, "user_id", "userid", USER_FIELDS, "users")
-    engine.step("users", f"SELECT userid, {', '.join(USER_FIELDS)} FROM normal_users ORDER BY userid", drop=["normal_users"])
+    engine.step("users", f"SELECT userid, {', '.join(USER_FIELDS)} FROM normal_users ORDER BY userid")
     return row_counts
 
 
 def make_videos(engine: Engine, paths: Sequence[Path], has_duration: bool) -> list[CountRow]:
-    """Step 7 for videos: the table `videos`. The video itself is a field as well."""
-    fields = [*VIDEO_FIELDS, *[DURATION] * has_duration]
-    row_counts = _make_features(engine, paths, "video_id", "itemid", fields, "videos")
-    ms = f"CAST(CASE WHEN regexp_matches({DURATION}, {NUMBER}) THEN {DURATION} ELSE '-1' END AS DOUBLE)"
-    # 8. The duration is the largest power of two in its seconds: "16" for 16 to 31 s, "1" for less; "" for what is not a
-    # number, negative, or longer than a year.
-    seconds = f"CAST(floor(greatest({ms}, 1000) / 1000) AS BIGINT)"
-    bucket = (f", CASE WHEN {ms} BETWEEN 0 AND {MAX_DURATION_MS} THEN CAST(CAST(pow(2, length(bin({seconds})) - 1) AS BIGINT) "
-              f"AS VARCHAR) ELSE '' END AS {DURATION}") * has_duration
+    """Steps 7 and 8 for videos: the table `videos`. The video itself is a field as well."""
+    fields = ["itemid", "CAST(itemid AS VARCHAR) AS video_id", *VIDEO_FIELDS]
+    raw_fields = [*VIDEO_FIELDS, *[DURATION] * has_duration]
+    row_counts = _make_features(engine, paths, "video_id", "itemid", raw_fields, "videos")
     if has_duration:
+        # 8. The duration is the largest power of two in its seconds: "16" for 16 to 31 s, "1" for less; "" for what is
+        # not a number, negative, or longer than a year.
+        ms = f"CAST(CASE WHEN regexp_matches({DURATION}, {NUMBER}) THEN {DURATION} ELSE '-1' END AS DOUBLE)"
+        is_valid = f"{ms} BETWEEN 0 AND {MAX_DURATION_MS}"
+        seconds = f"CAST(floor(greatest({ms}, 1000) / 1000) AS BIGINT)"
+        power = f"CAST(pow(2, length(bin({seconds})) - 1) AS BIGINT)"
+        fields.append(f"CASE WHEN {is_valid} THEN CAST({power} AS VARCHAR) ELSE '' END AS {DURATION}")
         row_counts.append(CountRow(f"invalid {DURATION} (not a number, negative or over a year): empty", *engine.query(
-            f"SELECT count(*) FROM normal_videos WHERE NOT {ms} BETWEEN 0 AND {MAX_DURATION_MS} AND {DURATION} <> ''")))
-    engine.step("videos", f"SELECT itemid, CAST(itemid AS VARCHAR) AS video_id, {', '.join(VIDEO_FIELDS)}{bucket} "
-                          "FROM normal_videos ORDER BY itemid", drop=["normal_videos"])
+            f"SELECT count(*) FROM normal_videos WHERE NOT {is_valid} AND {DURATION} <> ''")))
+    engine.step("videos", f"SELECT {', '.join(fields)} FROM normal_videos ORDER BY itemid")
     return row_counts
 
 
@@ -166,19 +166,20 @@ def _make_features(engine: Engine, paths: Sequence[Path], raw_key: str, key: str
     # from its table has empty cells. Times are Unix time in ms.
     engine.step(f"first_{name}", f"""
         SELECT {raw_key}, {", ".join(fields)}
-        FROM (SELECT *, row_number() OVER (PARTITION BY {raw_key} ORDER BY file, row) AS listing FROM raw_{name}) AS numbered
+        FROM (SELECT *, row_number() OVER (PARTITION BY {raw_key} ORDER BY file, row) AS listing
+              FROM raw_{name}) AS numbered
         WHERE listing = 1""")
-    engine.step(f"known_{name}", f"""
-        SELECT known.{key}, listed.{raw_key} AS is_listed, {", ".join(f"coalesce({field}, '') AS {field}" for field in fields)}
-        FROM (SELECT DISTINCT {key} FROM rows) AS known LEFT JOIN first_{name} AS listed ON known.{key} = listed.{raw_key}""")
-    normal = ", ".join(
-        f"CASE WHEN regexp_matches(trim({field}, {SPACES}), {WHOLE_NUMBER}) "
-        f"THEN left(trim({field}, {SPACES}), length(trim({field}, {SPACES})) - 2) ELSE trim({field}, {SPACES}) END "
-        f"AS {field}, {field} AS raw_{field}" for field in fields)
-    engine.step(f"normal_{name}", f"SELECT {key}, is_listed, {normal} FROM known_{name}", drop=[f"known_{name}"])
+    trimmed = ", ".join(f"trim(coalesce({field}, ''), {SPACES}) AS {field}, {field} AS raw_{field}" for field in fields)
+    engine.step(f"trimmed_{name}", f"""
+        SELECT known.{key}, listed.{raw_key} AS listed_id, {trimmed}
+        FROM (SELECT DISTINCT {key} FROM rows) AS known
+        LEFT JOIN first_{name} AS listed ON known.{key} = listed.{raw_key}""")
+    normal = ", ".join(f"CASE WHEN regexp_matches({field}, {WHOLE_NUMBER}) THEN left({field}, length({field}) - 2) "
+                       f"ELSE {field} END AS {field}, raw_{field}" for field in fields)
+    engine.step(f"normal_{name}", f"SELECT {key}, listed_id, {normal} FROM trimmed_{name}", drop=[f"trimmed_{name}"])
     changed = " + ".join(f"CASE WHEN {field} <> raw_{field} THEN 1 ELSE 0 END" for field in fields)
     (distinct,) = engine.query(f"SELECT count(*) FROM first_{name}")
-    known, found, normalized = engine.query(f"SELECT count(*), count(is_listed), sum({changed}) FROM normal_{name}")
+    known, found, normalized = engine.query(f"SELECT count(*), count(listed_id), sum({changed}) FROM normal_{name}")
     return [
         CountRow(f"{name} in the table", listed, 0),
         CountRow("dropped: duplicate", listed - distinct),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.duck import MEMORY_LIMIT, connect, parse_bytes
+from common.duck import MEMORY_LIMIT, connect
 from common.errors import UserError, cli_entry_point
 from common.fileio import exclusive_lock
 from dataset import kuairand, retailrocket
@@ -28,7 +28,7 @@ IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
-            source: str = "retailrocket", tasks: Sequence[str] = (), memory_limit: int = MEMORY_LIMIT,
+            source: str = "retailrocket", tasks: Sequence[str] = (), memory_limit: int | str = MEMORY_LIMIT,
             file_format: str = "csv") -> None:
     """Turn the raw log in `raw_dir` into the folder `out_dir` of MDP tables; the importer's module has the rules.
 
@@ -60,7 +60,8 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
         with connect(memory_limit, folder=out_dir.parent) as con:
             dataset = IMPORTERS[source].load_raw(Engine(con), raw_dir, session_gap, min_session, *options)
             print_row_counts(dataset)
-            write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format)
+            write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format,
+                          memory_limit)
 
 
 @cli_entry_point
@@ -79,12 +80,12 @@ def cli() -> None:
     parser.add_argument("--tasks", default="", metavar="LABELS",
                         help=f"of kuairand: the tasks, with commas, of {', '.join(kuairand.TASK_NAMES)} (default "
                         f"{','.join(kuairand.TASKS)})")
-    parser.add_argument("--memory_limit", default=f"{MEMORY_LIMIT}", metavar="BYTES",
+    parser.add_argument("--memory_limit", default=MEMORY_LIMIT, metavar="BYTES",
                         help="memory for tables, such as 2GB; the rest lies on the disk (default %(default)s)")
     parser.add_argument("--format", default="csv", choices=FORMATS, help="of the tables (default %(default)s)")
     args = parser.parse_args()
     prepare(args.raw, args.out, args.session_gap, args.min_session, args.source,
-            [task for task in args.tasks.split(",") if task], parse_bytes(args.memory_limit), args.format)
+            [task for task in args.tasks.split(",") if task], args.memory_limit, args.format)
     print(f"wrote {args.out}")
 
 

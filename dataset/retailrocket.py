@@ -60,8 +60,9 @@ def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int
     # event comes first, then that of the smaller item.
     engine.step("rows", f"""
         SELECT sessions.split, items.timestamp, items.sessionid, items.itemid,
-               CASE WHEN pay_time IS NULL THEN 0 ELSE 1 END AS pay, CASE WHEN click_time IS NULL THEN 0 ELSE 1 END AS click,
-               click_time, pay_time{"".join(f", truth.{name}" for name in truth * has_truth)}
+               CASE WHEN pay_time IS NULL THEN 0 ELSE 1 END AS pay,
+               CASE WHEN click_time IS NULL THEN 0 ELSE 1 END AS click,
+               {", ".join(["click_time", "pay_time", *truth * has_truth])}
         FROM session_items AS items JOIN split_sessions AS sessions ON items.sessionid = sessions.sessionid
         {'''LEFT JOIN truth ON items.timestamp = truth.timestamp AND items.sessionid = truth.visitorid
                            AND items.itemid = truth.itemid''' * has_truth}
@@ -93,16 +94,16 @@ def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int
 def _make_sessions(engine: Engine, path: Path, session_gap: float, min_session: int) -> list[CountRow]:
     """Steps 1 to 5: the tables `session_items` and `split_sessions`; and the row counts of the events."""
     events_read = engine.read("events", [path], EVENT_SCHEMA)
-    (unknown,) = engine.query(f"SELECT min(row) FROM events WHERE event NOT IN {EVENTS}")
+    kinds = [f"coalesce(sum(CASE WHEN event = '{event}' THEN 1 END), 0)" for event in EVENTS]
+    *by_kind, unknown = engine.query(
+        f"SELECT {', '.join(kinds)}, min(CASE WHEN event NOT IN {EVENTS} THEN row END) FROM events")
     if unknown is not None:
         raise UserError(f"{cell_location(path, unknown, 'event')}: unknown event: one of {', '.join(EVENTS)}; is this "
                         "the RetailRocket layout?")
-    by_kind = engine.query("SELECT " + ", ".join(
-        f"coalesce(sum(CASE WHEN event = '{event}' THEN 1 END), 0)" for event in EVENTS) + " FROM events")
     # 1. Duplicate events, equal in every cell, are dropped.
     engine.step("distinct_events", """
-        SELECT DISTINCT visitorid, timestamp, itemid, CASE event WHEN 'view' THEN 0 WHEN 'addtocart' THEN 1 ELSE 2 END AS kind,
-               coalesce(transactionid, -1) AS transactionid
+        SELECT DISTINCT visitorid, timestamp, itemid, coalesce(transactionid, -1) AS transactionid,
+               CASE event WHEN 'view' THEN 0 WHEN 'addtocart' THEN 1 ELSE 2 END AS kind
         FROM events""")
     (distinct_events,) = engine.query("SELECT count(*) FROM distinct_events")
     # 2. A session is a visitor; `--session_gap` instead cuts after so many minutes without an event.
@@ -133,9 +134,9 @@ def _make_sessions(engine: Engine, path: Path, session_gap: float, min_session: 
     rows, events = engine.query("SELECT sum(num_rows), sum(events) FROM ordered_sessions")
     if not rows:
         raise UserError(f"no session has {min_session} items or more: nothing to learn from (see --min_session)")
-    val, test = engine.query("SELECT " + ", ".join(
-        f"coalesce(min(CASE WHEN first_row >= CAST('{fraction * int(rows)!r}' AS DOUBLE) THEN first_row END), max(first_row))"
-        for fraction in (0.6, 0.8)) + " FROM ordered_sessions")
+    cuts = [f"coalesce(min(CASE WHEN first_row >= CAST('{share * int(rows)!r}' AS DOUBLE) THEN first_row END), "
+            "max(first_row))" for share in (0.6, 0.8)]
+    val, test = engine.query(f"SELECT {', '.join(cuts)} FROM ordered_sessions")
     engine.step("split_sessions", f"""
         SELECT sessionid, start, num_rows,
                CASE WHEN first_row >= {test} THEN 2 WHEN first_row >= {val} THEN 1 ELSE 0 END AS split
@@ -169,16 +170,16 @@ def _make_items(engine: Engine, paths: list[Path]) -> list[CountRow]:
     """Step 6: the table `items`; and the row counts of the properties."""
     rows_read = engine.read("properties", paths, PROPERTY_SCHEMA, may_be_empty=True)
     boundary = validation_start(engine.result("rows"))
-    unused, late = engine.query(f"""
-        SELECT coalesce(sum(CASE WHEN property NOT IN {PROPERTIES} THEN 1 END), 0),
-               coalesce(sum(CASE WHEN property IN {PROPERTIES} AND timestamp > {boundary} THEN 1 END), 0)
-        FROM properties""")
     # 6. The item table contains, for each item of the rows, the last value of each property known when the first
     # validation session starts. Later values are dropped: they would leak the future. An item without a value has an
     # empty cell. Of two values at the same time the larger text is kept: one result, whatever the order of the files.
+    engine.step("used_properties", f"""
+        SELECT itemid, property, timestamp, value FROM properties WHERE property IN {PROPERTIES}""")
+    used, late = engine.query(
+        f"SELECT count(*), coalesce(sum(CASE WHEN timestamp > {boundary} THEN 1 END), 0) FROM used_properties")
     engine.step("property_values", f"""
-        SELECT itemid, property, timestamp, value FROM properties
-        WHERE property IN {PROPERTIES} AND timestamp <= {boundary} AND itemid IN (SELECT itemid FROM rows)""")
+        SELECT itemid, property, timestamp, value FROM used_properties
+        WHERE timestamp <= {boundary} AND itemid IN (SELECT itemid FROM rows)""", drop=["used_properties"])
     (values,) = engine.query("SELECT count(*) FROM property_values")
     engine.step("last_values", """
         SELECT itemid, property, value
@@ -196,9 +197,9 @@ def _make_items(engine: Engine, paths: list[Path]) -> list[CountRow]:
     items, empty = engine.query(f"SELECT count(*), coalesce(sum(CASE WHEN {is_empty} THEN 1 END), 0) FROM items")
     return [
         CountRow("property rows read", rows_read, 0),
-        CountRow("dropped: unused properties", int(unused)),
+        CountRow("dropped: unused properties", rows_read - used),
         CountRow("dropped: after the cutoff, when validation starts", int(late)),
-        CountRow("dropped: items without sessions", rows_read - int(unused) - int(late) - values),
+        CountRow("dropped: items without sessions", used - int(late) - values),
         CountRow("dropped: replaced by a later value before the cutoff", values - last),
         CountRow("kept: values of items", last),
         CountRow("items with sessions", items, 0),

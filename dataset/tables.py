@@ -22,9 +22,10 @@ from common.csv_reader import (
     read_header,
     require_columns,
     scan,
+    select,
     to_frame,
 )
-from common.duck import connect
+from common.duck import MEMORY_LIMIT, connect
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, sha256, write_json
 from dataset.engine import MINUTE_MS
@@ -63,9 +64,10 @@ class PreparedDataset:
     """The MDP tables that an importer makes of raw logs.
 
     Attributes:
-        rows: the output of `order_rows`, or a relation of DuckDB in that order; columns split, timestamp, sessionid, the keys of the feature tables, the
-            context fields, and for each label `<label>` (0 or 1) and `<label>_time`, when its outcome was known, in ms;
-            without that column, directly after the row. Other columns are not written, and named.
+        rows: the output of `order_rows`, or a relation in that order; columns split, timestamp, sessionid, the keys of
+            the feature tables, the context fields, and for each label `<label>` (0 or 1) and `<label>_time`, when its
+            outcome was known, in ms; without that column, directly after the row. Other columns are not written, and
+            named.
         row_counts: how many raw rows were read, dropped, merged and kept.
         inputs: the raw files.
         feature_tables: file name to table.
@@ -203,7 +205,7 @@ def require_splits(sessions: int, rows: int, found: Sequence[int]) -> None:
 
 def validation_start(rows: Table) -> int:
     """When validation starts, ms: feature tables must contain nothing later."""
-    return int(as_relation(rows).filter("split = 1").min("timestamp").fetchall()[0][0])
+    return int(select(rows, "SELECT min(timestamp) FROM rows WHERE split = 1")[0][0])
 
 
 def require_new_folder(out_dir: Path) -> None:
@@ -214,8 +216,8 @@ def require_new_folder(out_dir: Path) -> None:
     check_writable(out_dir.parent)
 
 
-def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any],
-                  file_format: str = "csv") -> None:
+def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str, Any], file_format: str = "csv",
+                  memory_limit: int | str = MEMORY_LIMIT) -> None:
     """Write the folder `out_dir`: a file per split, the feature tables, and `manifest.json`, which describes them.
 
     file_format: one of `FORMATS`. Raises UserError if the folder exists already, or where `load_splits` would: what was
@@ -231,7 +233,6 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
     with atomic_folder(out_dir) as folder:
         for name, table in tables.items():
             _write_table(table, folder / f"{name}.{file_format}")
-        counts = {name: as_relation(tables[name]).count("*").fetchall()[0][0] for name in SPLITS}
         manifest = {
             "format": 1,
             "source": dataset.source,
@@ -241,29 +242,27 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
             "boundary": validation_start(dataset.rows),
             "row_counts": [[row.label, row.count] for row in dataset.row_counts],
             **schema,
-            "rows": counts,
+            "rows": {name: select(tables[name], "SELECT count(*) FROM rows")[0][0] for name in SPLITS},
             "outputs": {path.name: sha256(path) for path in sorted(folder.iterdir())},
         }
         write_json(folder / "manifest.json", manifest)
         try:
-            with connect() as con:
+            with connect(memory_limit) as con:
                 scan_tables(con, folder, read_manifest(folder / "manifest.json"))
         except UserError as error:
             raise UserError(f"not written: {str(error).replace(str(folder), str(out_dir))}") from None
 
 
 def _write_table(table: Table, path: Path) -> None:
-    """Write a CSV file as pandas does, an empty cell for an empty text, or a Parquet file."""
-    if isinstance(table, pd.DataFrame) and not is_parquet(path):
-        table.to_csv(path, index=False)
-        return
-    table = as_relation(table)
+    """Write a CSV file as pandas does, with empty cells for empty texts, or a Parquet file."""
     if is_parquet(path):
-        table.write_parquet(str(path), compression="zstd")
+        as_relation(table).write_parquet(str(path), compression="zstd")
+    elif isinstance(table, pd.DataFrame):
+        table.to_csv(path, index=False)
     else:
-        table.project(", ".join(f"nullif({quoted(name)}, '') AS {quoted(name)}" if kind == "VARCHAR" else quoted(name)
-                                for name, kind in zip(table.columns, table.types, strict=True))).write_csv(
-            str(path), header=True)
+        cells = [f"nullif({quoted(name)}, '') AS {quoted(name)}" if kind == "VARCHAR" else quoted(name)
+                 for name, kind in zip(table.columns, table.types, strict=True)]
+        table.project(", ".join(cells)).write_csv(str(path), header=True)
 
 
 def print_row_counts(dataset: PreparedDataset) -> None:
@@ -273,20 +272,19 @@ def print_row_counts(dataset: PreparedDataset) -> None:
     width = {label: max(9, len(label) + 2) for label in dataset.labels}
     print(f"\n{'':<8}{'rows':>12}{'sessions':>12}" + "".join(f"{label:>{width[label]}}" for label in dataset.labels)
           + "   rows per session: median, 99 %, max")
-    rows = as_relation(dataset.rows)
     outcomes = [f"TRY_CAST({quoted(label)} AS DOUBLE)" for label in dataset.labels]
-    sessions = "SELECT split, sessionid, count(*) AS rows" + "".join(
-        f", sum({outcome}) AS sum_{i}, count({outcome}) AS count_{i}" for i, outcome in enumerate(outcomes))
-    statistics = rows.query("rows_of_splits", f"""
-        SELECT coalesce(split, {len(SPLITS)}) AS number, sum(rows), count(*), quantile_cont(rows, 0.5),
-               quantile_cont(rows, 0.99), max(rows){"".join(f", sum(sum_{i}) / sum(count_{i})" for i in range(len(outcomes)))}
-        FROM ({sessions} FROM rows_of_splits GROUP BY split, sessionid) GROUP BY GROUPING SETS ((split), ())
-        ORDER BY number""")
-    for number, num_rows, num_sessions, median, most, longest, *means in statistics.fetchall():
-        rates = "".join(f"{mean:>{width[label]}.2%}" for label, mean in zip(dataset.labels, means, strict=True))
-        print(f"{[*SPLITS, 'all'][number]:<8}{num_rows:>12,}{num_sessions:>12,}{rates}   {median:.0f}, {most:.0f}, {longest}")
+    sums = "".join(f", sum({outcome}) AS sum_{i}, count({outcome}) AS count_{i}" for i, outcome in enumerate(outcomes))
+    means = "".join(f", sum(sum_{i}) / sum(count_{i})" for i in range(len(outcomes)))
+    for number, rows, sessions, median, most, longest, *rates in select(dataset.rows, f"""
+            SELECT coalesce(split, {len(SPLITS)}) AS number, sum(length), count(*), quantile_cont(length, 0.5),
+                   quantile_cont(length, 0.99), max(length){means}
+            FROM (SELECT split, sessionid, count(*) AS length{sums} FROM rows GROUP BY split, sessionid)
+            GROUP BY GROUPING SETS ((split), ()) ORDER BY number"""):
+        print(f"{[*SPLITS, 'all'][number]:<8}{rows:>12,}{sessions:>12,}" + "".join(
+            f"{rate:>{width[label]}.2%}" for label, rate in zip(dataset.labels, rates, strict=True))
+            + f"   {median:.0f}, {most:.0f}, {longest}")
     cutoff = validation_start(dataset.rows)
-    (after_cutoff,) = rows.filter(f"split = 0 AND timestamp > {cutoff}").count("*").fetchall()[0]
+    ((after_cutoff,),) = select(dataset.rows, f"SELECT count(*) FROM rows WHERE split = 0 AND timestamp > {cutoff}")
     print(f"the first validation session starts at {pd.Timestamp(cutoff, unit='ms'):%Y-%m-%d %H:%M:%S} UTC; "
           f"{after_cutoff:,} train rows after the cutoff\n")
 
@@ -325,7 +323,8 @@ def scan_tables(con: DuckDBPyConnection, folder: Path, manifest: Mapping[str, An
                             "sessions")
         different = sorted(set(tables[earlier].columns) ^ set(tables[later].columns))
         if different:
-            raise UserError(f"{paths[later]}: column '{different[0]}' is in it or in {paths[earlier].name}, not in both")
+            raise UserError(f"{paths[later]}: column '{different[0]}' is in it or in {paths[earlier].name}, not in "
+                            "both")
     return tables, feature_tables
 
 
@@ -344,10 +343,10 @@ def find_contradiction(path: Path, table: Table, tasks: Sequence[Mapping[str, st
     parents = task_parents(tasks, path)
     for task, parent in zip(tasks, [-1, 0] if parents is None else parents, strict=False):
         label, given = task["label"], tasks[parent]["label"]
-        row, count = as_relation(table).query("labeled", f"""
-            SELECT min(row), count(*) FROM (SELECT row_number() OVER () - 1 AS row, {quoted(label)} > {quoted(given)} AS
-            is_wrong FROM labeled) WHERE is_wrong""").fetchall()[0] if parent >= 0 else (0, 0)
-        if count:
+        ((row, count),) = select(table, f"""
+            SELECT min(number), count(*) FROM (SELECT *, row_number() OVER () - 1 AS number FROM rows)
+            WHERE {quoted(label)} > {quoted(given)}""")
+        if parent >= 0 and count:
             return (f"{cell_location(path, row, label)}: 1, but '{given}', which it implies, is 0 "
                     f"({count:,} such rows)")
     return ""
@@ -358,12 +357,10 @@ def scan_feature_table(con: DuckDBPyConnection, path: Path, key: str, fields: Se
     schema: dict[str, ColumnType] = {
         key: "id", **{field: "optional_number" if field in numbers else "optional_text" for field in fields}}
     table = scan(con, path, schema)
-    if not table.limit(1).fetchall():
-        raise UserError(f"{path}: no rows below the header: is it the right file?")
-    for row, value in table.project(f"row, {quoted(key)} AS id").query("listed", """
-            SELECT max(row), id FROM listed GROUP BY id HAVING count(*) > 1 ORDER BY max(row) LIMIT 1""").fetchall():
-        raise UserError(f"{cell_location(path, row, key)}: duplicate {key.removesuffix('id')} {value}: remove one of its "
-                        "rows")
+    for row, value in select(table, f"""SELECT max(row), {quoted(key)} FROM rows GROUP BY {quoted(key)}
+                                        HAVING count(*) > 1 ORDER BY max(row) LIMIT 1"""):
+        raise UserError(f"{cell_location(path, row, key)}: duplicate {key.removesuffix('id')} {value}: remove one of "
+                        "its rows")
     return table
 
 
@@ -371,8 +368,6 @@ def scan_split(con: DuckDBPyConnection, path: Path, manifest: Mapping[str, Any],
                labels_optional: bool = False) -> DuckDBPyRelation:
     schema, optional = _split_schema(manifest, labels_optional)
     table = scan(con, path, schema, optional)
-    if not table.limit(1).fetchall():
-        raise UserError(f"{path}: no rows below the header: is it the right file?")
     if "sessionid" not in table.columns:
         if "visitorid" not in table.columns:
             raise UserError(f"{path}, line 1: column 'sessionid' is missing (or the published 'visitorid')")

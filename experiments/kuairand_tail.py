@@ -63,8 +63,8 @@ def load_tail(engine: Engine, raw_dir: Path, feature_dir: Path) -> PreparedDatas
     (middle,) = engine.query(f"SELECT time_ms FROM days ORDER BY time_ms LIMIT 1 OFFSET {days_rows // 2}")
     # Rules 1 and 2. Rows of one time keep the order of the files.
     engine.step("impressions", f"""
-        SELECT user_id, video_id, long_view, is_like, last_time_ms - (history_len - 1 - "order") * {MINUTE_MS} AS time_ms,
-               0 AS split, row FROM tail
+        SELECT user_id, video_id, long_view, is_like,
+               last_time_ms - (history_len - 1 - "order") * {MINUTE_MS} AS time_ms, 0 AS split, row FROM tail
         UNION ALL SELECT user_id, video_id, long_view, is_like, time_ms,
                          CASE WHEN time_ms < {middle} THEN 1 ELSE 2 END AS split, row FROM days""")
     engine.cut_sessions("session_impressions", "impressions", "split, user_id", "time_ms", 0)  # rule 3
