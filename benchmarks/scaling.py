@@ -22,7 +22,7 @@ from benchmarks.__main__ import hardware_info
 from benchmarks.throughput import REPOSITORY, cache_folder, load_data
 from common.errors import UserError, cli_entry_point, command_line
 from common.fileio import write_json
-from dataset.tables import SPLITS
+from dataset.manifest import SPLITS
 from train.plots import save_figure
 
 MILLIONS = (0.1, 0.3, 1.0, 3.0, 10.0)

@@ -35,11 +35,11 @@ from dataset.features import (
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, task_parents
+from dataset.manifest import FINGERPRINT_KEYS, SPLITS, id_columns, read_manifest, task_parents
 from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
+from dataset.tables import FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -292,17 +292,6 @@ def make_datasets(log: Log, tables: Mapping[str, pd.DataFrame], numerical: Numer
         dataset.long_tailed = list(manifest["long_tailed"])
         dataset.history_key = str(manifest["history"])
     return datasets
-
-
-def find_folder(path: Path, name: str) -> Path:
-    """The folder of the data set `name`, given that folder, its `train.csv`, or its parent folder."""
-    if path.suffix == ".csv" or path.is_file():
-        return path.parent
-    child, is_named = path / name, path.name == name
-    has_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
-    if (is_named and has_splits) or (not child.exists() and (is_named or has_splits)):
-        return path
-    return child
 
 
 def _read_one_split(path: Path, numerical: NumericalMode) -> RetailRocketRLDataset:

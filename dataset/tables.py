@@ -17,9 +17,8 @@ from tqdm import tqdm
 from common.csv_reader import ColumnType, cell_location, read_chunks, read_header, read_table, require_columns
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, require_free_memory, sha256, write_json
-from dataset.manifest import id_columns, read_manifest, task_parents
+from dataset.manifest import SPLITS, id_columns, read_manifest, task_parents
 
-SPLITS = ("train", "val", "test")
 GZIP_RATIO = 6  # uncompressed bytes per byte of a .gz log, about
 MINUTE_MS = 60_000
 
