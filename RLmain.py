@@ -17,10 +17,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
-if __name__ == "__main__":
-    from common.errors import while_importing
+from common.startup import before_torch
+from train.Arguments import RLArguments, parse
 
-    while_importing()
+if __name__ == "__main__":
+    before_torch(lambda: parse(RLArguments, __doc__ or "").check_files())
 
 import gymnasium as gym
 import numpy as np
@@ -38,7 +39,6 @@ from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, expected_return
 from dataset.vocabulary import encode_splits
 from env import MTEnv, RewardType, compute_reward
-from train.Arguments import RLArguments, parse
 from train.offline_rl import discounted_returns, rank_correlation, rows_of, sample_sessions
 from train.run import get_dataset, test, train_and_test_offline
 from train.tracking import Trackers
@@ -76,11 +76,7 @@ def create_sub_agent(env: gym.Env[Any, Any], actor_name: str, agentcls: type[DDP
 
 def main(settings: RLArguments) -> DDPG_ESMM:
     """One run from the tables and the baseline to critics that have converged. Raises UserError."""
-    updates = settings.epoch * settings.epoch_updates
-    if settings.agent != "bc" and updates <= settings.init_training_step:
-        raise UserError(f"--agent={settings.agent}: its actor would not train: {settings.epoch} epochs of "
-                        f"{settings.epoch_updates} updates are {updates:,}, and it begins after "
-                        f"{settings.init_training_step:,}: raise --epoch, or lower --init_training_step")
+    settings.check_files()
     device = pick_device(settings.device, settings.precision)
     with exclusive_lock(settings.run_dir.path):
         return train_critics(settings, device)
@@ -90,8 +86,6 @@ def train_critics(settings: RLArguments, device: torch.device) -> DDPG_ESMM:
     """The run, alone in its directory."""
     run_dir, baseline = settings.run_dir, settings.baseline(settings.actor_name)
     train_baseline = settings.suggest_command("SLmain.py", "model_name", settings.actor_name)
-    if not baseline.exists():
-        raise UserError(f"{baseline}: no such baseline: train it first: {train_baseline}")
     trackers = Trackers(settings.track)
     splits = get_dataset(settings.dataset_name, settings.dataset_path, settings.numerical, settings.task_num,
                          settings.data)

@@ -17,10 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    from common.errors import while_importing
+from common.startup import before_torch
+from train.Arguments import SLArguments, parse
 
-    while_importing()
+if __name__ == "__main__":
+    before_torch(lambda: parse(SLArguments, __doc__ or "").check_files())
 
 import numpy as np
 import torch
@@ -36,9 +37,8 @@ from dataset.rtrl import RetailRocketRLDataset, Splits
 from dataset.vocabulary import Catemapper, encode_splits
 from layers import set_embedding_dropout, standardize
 from slmodels.model_file import keep_previous, save_model
-from train.Arguments import SLArguments, parse
 from train.metrics import Metrics, compute_metrics, task_metrics
-from train.polish import RlLossPolisher, comparison_table, find_critics, make_polisher
+from train.polish import RlLossPolisher, comparison_table, make_polisher
 from train.run import get_dataset, get_model, slpred, sltest, sltrain
 from train.supervised import Training, bce_loss, evaluate, evaluation_loader, loss_by_weight_decile
 from train.task_weighting import make_task_weighting
@@ -59,10 +59,9 @@ def main(dataset_name: str = "rt", dataset_path: str = "dataset", task_num: int 
         model_name=model_name, epoch=epoch, learning_rate=learning_rate, feature_map_rate=feature_map_rate,
         batch_size=batch_size, embed_dim=embed_dim, weight_decay=weight_decay, polish_lambda=polish_lambda,
         device=device, save_dir=save_dir, **more)
+    settings.check_files()
     if not settings.polish_lambda:
         return run_exclusively(train_baseline, settings)
-    if settings.polish_method != "constant":
-        find_critics(settings)  # refused now, not after the baseline's training
     baseline = settings.baseline(model_name)
     if not baseline.exists() and settings.weighting == "equal":
         print(f"{baseline}: no baseline of {model_name} yet: it is trained first\n")

@@ -13,6 +13,17 @@ import argparse
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from common.startup import before_torch
+
+
+def parse() -> None:
+    argparse.ArgumentParser(description="Print three random sessions of dataset/rt as the agent observes them."
+                            ).parse_args()
+
+
+if __name__ == "__main__":
+    before_torch(parse)
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
@@ -280,8 +291,7 @@ if "RMTL/MTEnv-v0" not in gym.registry:
 
 @cli_entry_point
 def cli() -> None:
-    argparse.ArgumentParser(description="Print three random sessions of dataset/rt as the agent observes them."
-                            ).parse_args()
+    parse()
     splits = load_splits(Path("dataset/rt"))
     env = MTEnv(Catemapper(0.2).fit(splits.train).map(splits.train))
     fields = len(env.sessions.field_dims)

@@ -10,22 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    from common.errors import while_importing
-
-    while_importing()
-
-import pandas as pd
-
-from common.device import pick_device
 from common.errors import UserError, cli_entry_point
-from common.fileio import atomic_file, check_writable
-from dataset.manifest import table_file
-from dataset.new_rows import row_columns
-from dataset.tables import SPLITS, read_split
-from slmodels.export import check_export, export_model
-from slmodels.model_file import load_model
-from slmodels.predictor import Predictor
+from common.startup import before_torch
+from dataset.manifest import SPLITS, table_file
 from train.Arguments import Settings, option, parse
 
 
@@ -45,13 +32,32 @@ class PredictArguments(Settings):
     dataset_path: str = option("dataset", "the folder of data sets")
     device: str = option("auto", "where to compute: cpu, cuda, cuda:1, mps; auto takes the best there is")
 
+    def check_files(self) -> None:
+        if not self.model:
+            raise UserError("--model: the file of a model is needed, such as --model=pretrain/rt_esmm.pt")
+        if bool(self.rows) + bool(self.split) + bool(self.export) != 1:
+            raise UserError("give one of --rows=NEW.csv, --split=test and --export=model.onnx")
+        if not Path(self.model).exists():
+            raise UserError(f"{self.model}: no such file: train it anew: python3 SLmain.py --model_name=NAME")
+
+
+if __name__ == "__main__":
+    before_torch(lambda: parse(PredictArguments, __doc__ or "").check_files())
+
+import pandas as pd
+
+from common.device import pick_device
+from common.fileio import atomic_file, check_writable
+from dataset.new_rows import row_columns
+from dataset.tables import read_split
+from slmodels.export import check_export, export_model
+from slmodels.model_file import load_model
+from slmodels.predictor import Predictor
+
 
 def main(settings: PredictArguments) -> None:
     """Do what the settings say. Raises UserError."""
-    if not settings.model:
-        raise UserError("--model: the file of a model is needed, such as --model=pretrain/rt_esmm.pt")
-    if bool(settings.rows) + bool(settings.split) + bool(settings.export) != 1:
-        raise UserError("give one of --rows=NEW.csv, --split=test and --export=model.onnx")
+    settings.check_files()
     path, export, out = Path(settings.model), Path(settings.export), Path(settings.out)
     if settings.export:
         check_export(export)

@@ -23,7 +23,7 @@ from benchmarks.__main__ import hardware_info
 from benchmarks.throughput import REPOSITORY, cache_folder, load_data
 from common.errors import UserError, cli_entry_point, command_line
 from common.fileio import write_json
-from dataset.tables import SPLITS
+from dataset.manifest import SPLITS
 from train.plots import save_figure
 
 ROWS = (1_000_000, 10_000_000, 30_000_000)

@@ -14,10 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common import distributed
-from common.checkpoint import load_tensors, save_tensors, strict_equal
 from common.errors import UserError, command_line, mark_run_started, truncate
 from common.fileio import read_json, write_json
 
@@ -106,6 +103,8 @@ class RunDirectory:
             origin: hashes of what the run starts from: `start`, the weights; of a polish run `critics`, too.
             resume: resume from `checkpoint.pt`. Raises UserError if its settings, data or origin are others.
         """
+        import torch
+
         checkpoint = self._load_checkpoint(settings, fingerprint, origin) if resume else None
         if distributed.is_main_process():
             existing = [path for path in ([self.metrics, self.test_metrics] if checkpoint else self.files)
@@ -129,6 +128,8 @@ class RunDirectory:
     def _load_checkpoint(self, settings: Mapping[str, Any], fingerprint: str,
                          origin: Mapping[str, str]) -> dict[str, Any] | None:
         """The checkpoint of a run of these settings, data and origin; None where there is none. Raises UserError."""
+        from common.checkpoint import load_tensors, strict_equal
+
         if not self.checkpoint.exists():
             print(f"{self.path}: nothing to resume: starting from the first epoch")
             return None
@@ -161,6 +162,8 @@ class RunDirectory:
 
     def save_checkpoint(self, value: Mapping[str, Any]) -> None:
         """Write checkpoint.pt, and what is sharded in it to the folder beside it."""
+        from common.checkpoint import save_tensors
+
         value = dict(value)
         if distributed.world_size() > 1:
             from common.sharded_checkpoint import write_shards

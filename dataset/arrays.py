@@ -39,10 +39,10 @@ from dataset.features import (
     session_features,
     smoothed_rates,
 )
-from dataset.manifest import id_columns, table_file
+from dataset.manifest import SPLITS, id_columns, table_file
 from dataset.sessions import SessionIndex
 from dataset.simulate import GROUND_TRUTH_SCHEMA, config_from_manifest, scan_ground_truth
-from dataset.tables import SPLITS, find_contradiction, scan_tables
+from dataset.tables import find_contradiction, scan_tables
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -297,7 +297,8 @@ class _Builder:
             context = {field: self._field_sql(field) for field in self.manifest["context"]
                        if field in self.fields or field in self.numbers}
             selected = ", ".join([
-                f"{number}::UTINYINT AS split", f"row + {offsets[-1]} AS row", "timestamp AS ts", "sessionid AS session",
+                f"{number}::UTINYINT AS split", f"row + {offsets[-1]} AS row", "timestamp AS ts",
+                "sessionid AS session",
                 *(f"{quoted(key)} AS k{at}" for at, key in enumerate(self.keys)), *context.values(),
                 *(f"{quoted(label)} AS l{at}" for at, label in enumerate(self.labels)),
                 *(f"{quoted(label + '_time')} AS t{at}" for at, label in enumerate(self.labels) if self.timed[at])])
@@ -321,8 +322,8 @@ class _Builder:
         for at, label in enumerate(self.labels):
             if self.timed[at]:
                 counts = self._first(
-                    f"SELECT count(*) FILTER (l{at} > 0 AND t{at} < ts), count(*) FILTER (l{at} > 0 AND t{at} IS NULL), "
-                    f"count(*) FILTER (l{at} = 0 AND t{at} IS NOT NULL) FROM logged WHERE split = {number}")
+                    f"SELECT count(*) FILTER (l{at} > 0 AND t{at} < ts), count(*) FILTER (l{at} > 0 AND t{at} IS NULL)"
+                    f", count(*) FILTER (l{at} = 0 AND t{at} IS NOT NULL) FROM logged WHERE split = {number}")
                 for count, repair in zip(counts, ("before their row: replaced by the row's time",
                                                   "missing: replaced by the row's time",
                                                   f"ignored because '{label}' is 0"), strict=True):

@@ -10,13 +10,39 @@ from typing import Any
 
 from common.errors import UserError
 from common.fileio import is_safe_filename, read_json
-from dataset.simulate import config_from_manifest
 
 # the entries that define the columns
 FINGERPRINT_KEYS = ("categorical", "tables", "context", "long_tailed", "tasks", "rates")
 # entries that may be absent; manifests of earlier versions have none of them
 DEFAULTS: dict[str, Any] = {"context": [], "history": "", "rates": [], "numbers": [], "id_fields": []}
 MAX_TASKS = 16
+SPLITS = ("train", "val", "test")
+
+
+def find_folder(path: Path, name: str) -> Path:
+    """The folder of the data set `name`, given that folder, its `train.csv`, or its parent folder."""
+    if path.suffix in (".csv", ".parquet") or path.is_file():
+        return path.parent
+    child, is_named = path / name, path.name == name
+    has_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
+    if (is_named and has_splits) or (not child.exists() and (is_named or has_splits)):
+        return path
+    return child
+
+
+def find_dataset(path: Path, name: str) -> tuple[Path, bool]:
+    """The folder of a data set, and whether it is there; where `rt` is not, it can be simulated. Raises UserError where
+    another is not, and where somebody's tables are in the place where `rt` would be simulated."""
+    folder = find_folder(path, name)
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        return folder, True
+    hint = f"make it with python3 -m dataset.prepare --raw DIR --out {folder} (KuaiRand: --source kuairand)"
+    if name != "rt":
+        raise UserError(f"{folder}: no such data set: {hint}")
+    theirs = sorted(folder.parent.glob("*.csv*"))
+    if theirs:
+        raise UserError(f"{folder}: no such data set, and none is simulated beside {theirs[0].name}: {hint}")
+    return folder, False
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -71,6 +97,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: name '{duplicates[0]}' is not unique: fields, keys, labels and task names must "
                             "differ")
     if table_file(manifest, "truth") in manifest["outputs"]:
+        from dataset.simulate import config_from_manifest
+
         config_from_manifest(manifest.get("simulation"), path)
     return manifest
 

@@ -38,11 +38,11 @@ from dataset.features import (
     session_features,
     user_history_features,
 )
-from dataset.manifest import FINGERPRINT_KEYS, id_columns, read_manifest, table_file, task_parents
+from dataset.manifest import FINGERPRINT_KEYS, SPLITS, id_columns, read_manifest, table_file, task_parents
 from dataset.retailrocket import PAPER_MANIFEST
 from dataset.sessions import SessionIndex
 from dataset.simulate import config_from_manifest, read_ground_truth
-from dataset.tables import SPLITS, FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
+from dataset.tables import FeatureTable, find_contradiction, read_tables, session_order, verify_checksums
 
 Example = tuple[Ids, Floats, Floats]  # ids (F,), numerical (N,), labels (T,) of one row, or of several rows
 
@@ -385,17 +385,6 @@ def _describe(dataset: RetailRocketRLDataset, manifest: Mapping[str, Any], finge
     dataset.source = {"data": fingerprint, "tasks": [str(task["name"]) for task in manifest["tasks"]]}
     dataset.long_tailed = list(manifest["long_tailed"])
     dataset.history_key = str(manifest["history"])
-
-
-def find_folder(path: Path, name: str) -> Path:
-    """The folder of the data set `name`, given that folder, its `train.csv`, or its parent folder."""
-    if path.suffix in (".csv", ".parquet") or path.is_file():
-        return path.parent
-    child, is_named = path / name, path.name == name
-    has_splits = any(os.path.lexists(path / file) for file in ("manifest.json", "train.csv"))
-    if (is_named and has_splits) or (not child.exists() and (is_named or has_splits)):
-        return path
-    return child
 
 
 def _read_one_split(path: Path, numerical: NumericalMode) -> RetailRocketRLDataset:

@@ -29,13 +29,12 @@ from common.duck import MEMORY_LIMIT, connect
 from common.errors import UserError
 from common.fileio import atomic_folder, check_writable, sha256, write_json
 from dataset.engine import MINUTE_MS
-from dataset.manifest import id_columns, read_manifest, table_file, task_parents
+from dataset.manifest import SPLITS, id_columns, read_manifest, table_file, task_parents
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection, DuckDBPyRelation
 
 Table: TypeAlias = Any  # of pandas, in memory, or a relation of DuckDB
-SPLITS = ("train", "val", "test")
 FORMATS = ("csv", "parquet")
 
 

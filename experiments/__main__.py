@@ -14,21 +14,22 @@ written from results.csv alone.
 from __future__ import annotations
 
 import contextlib
-import signal
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `cli` starts: no traceback on Ctrl-C while torch loads
+from common.startup import before_torch
+from experiments.conditions import ExperimentArguments
+from train.Arguments import parse, to_command_line
+
+if __name__ == "__main__":
+    before_torch(lambda: parse(ExperimentArguments, __doc__ or "").check_files())
 
 from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
 from experiments.cluster import connect
-from experiments.conditions import ExperimentArguments
 from experiments.report import write_report
 from experiments.runner import run_experiments
 from experiments.statistics import read_results, write_results
-from train.Arguments import parse, to_command_line
 
 
 @cli_entry_point

@@ -10,9 +10,14 @@ logarithm of how many these are. A grid of settings and the number of trees are 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
+
+from common.startup import before_torch
+from experiments.arguments import BoostingArguments
+from train.Arguments import parse
+
+if __name__ == "__main__":
+    before_torch(lambda: parse(BoostingArguments, __doc__ or "").check_files())
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,11 +28,9 @@ from threadpoolctl import threadpool_limits
 from common.csv_reader import write_csv
 from common.errors import UserError, cli_entry_point
 from common.fileio import check_writable, exclusive_lock
-from common.run_dir import RunDirectory
 from dataset.features import Floats, Ids
 from dataset.rtrl import Splits
 from dataset.vocabulary import encode_splits
-from train.Arguments import Settings, option, parse
 from train.metrics import Metrics, compute_metrics
 from train.run import get_dataset
 
@@ -35,27 +38,6 @@ GRID: tuple[dict[str, Any], ...] = tuple(
     {"learning_rate": rate, "max_leaf_nodes": leaves, "l2_regularization": 10.0}
     for rate, leaves in itertools.product((0.05, 0.1), (7, 31)))
 MAX_TREES, PATIENCE = 1000, 30  # trees at most; trees without a better validation logloss after which training stops
-
-
-@dataclass(kw_only=True)
-class BoostingArguments(Settings):
-    """The settings of a run. Raises UserError."""
-
-    dataset_name: str = option("rt", "the data set: a folder of MDP tables in --dataset_path", name=True)
-    dataset_path: str = option("dataset", "the folder of data sets")
-    feature_map_rate: float = option(1.0, "as in SLmain.py; 1: every id, there is no embedding that it makes larger",
-                                     low=0, high=1)
-    numerical: str = option("rates", "as in SLmain.py", choices=["rates", "session", "none"])
-    folds: int = option(5, "parts of the training sessions: a row's target means are those of the other parts", low=2)
-    smoothing: float = option(20.0, "rows of the mean of all that a target mean is pulled towards", low=0)
-    seed: int = option(2022, "of the folds", low=0, high=2**31 - 1)
-    save_dir: str = option("chkpt/boosting", "where the run writes")
-
-    @property
-    def run_dir(self) -> RunDirectory:
-        """`<save_dir>/<dataset>_boosting/`."""
-        name = f"{self.dataset_name}_boosting"
-        return RunDirectory(Path(self.save_dir) / name, name)
 
 
 class TargetMeans:

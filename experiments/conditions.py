@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError
-from dataset.rtrl import find_folder
-from experiments.boosting import BoostingArguments
-from experiments.controls import CONTROLS, ControlArguments
+from dataset.manifest import find_dataset, find_folder
+from experiments.arguments import CONTROLS, BoostingArguments, ControlArguments
 from slmodels import MODELS
-from train.Arguments import RLArguments, Settings, SLArguments, option
-from train.task_weighting import WEIGHTINGS
+from train.Arguments import WEIGHTINGS, RLArguments, Settings, SLArguments, option
 
 TABLES = ("main", "ablation", "session", "exploratory", "controls", "weighting", "transfer", "lambda", "gamma", "tau")
 BOOSTING, CONTROL = "-m experiments.boosting", "-m experiments.controls"
@@ -77,6 +75,11 @@ class ExperimentArguments(Settings):
         own_rt = find_folder(Path(self.dataset_path), "rt")
         self.simulates_rt = (self.quick and "rt" in self.datasets.split(",")  # found once, for all runs
                              and not (own_rt.is_dir() and any(own_rt.iterdir())))
+
+    def check_files(self) -> None:
+        for name in self.datasets.split(","):
+            if name != "rt" and not self.report_only:
+                find_dataset(Path(self.dataset_path), name)
 
     def default_of(self, setting: Field[Any]) -> Any:
         """With --quick a small value for some settings."""

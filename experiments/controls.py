@@ -20,10 +20,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
+
+from common.startup import before_torch
+from experiments.arguments import ControlArguments
+from train.Arguments import SLArguments, parse
+
+if __name__ == "__main__":
+    before_torch(lambda: parse(ControlArguments, __doc__ or "").check_files())
 
 import numpy as np
 import torch
@@ -31,9 +37,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from common.device import pick_device
-from common.errors import UserError, cli_entry_point
+from common.errors import cli_entry_point
 from common.fileio import check_writable, exclusive_lock
-from common.run_dir import RunDirectory, model_stem
 from dataset.features import Floats
 from dataset.rtrl import Splits
 from dataset.sessions import SessionIndex
@@ -41,40 +46,14 @@ from dataset.vocabulary import Catemapper, encode_splits
 from layers.base import Batch, Criterion, MultiTaskModel, Weights
 from layers.layers import linear
 from SLmain import fit, init_model, load_baseline, make_training, test
-from train.Arguments import SLArguments, option, parse
 from train.metrics import Metrics
 from train.offline_rl import discounted_returns
 from train.polish import make_polisher
 from train.run import get_dataset
 from train.supervised import Training
 
-CONTROLS = ("auxiliary", "average", "ensemble")
 GAMMA = 0.9  # discount of later outcomes, the critics' default
 SEED_STEP = 1000  # between the seeds of the two models of an ensemble
-
-
-@dataclass(kw_only=True)
-class ControlArguments(SLArguments):
-    """Those of `SLmain.py --polish=1 --polish_method=constant`, and which control. Raises UserError."""
-
-    control: str = option("auxiliary", "the control", choices=CONTROLS)
-    auxiliary_weight: float = option(1.0, "auxiliary: weight of the auxiliary loss", low=0)
-    weighting: str = option("equal", "weights of the tasks' losses: equal", choices=["equal"])
-    polish_lambda: float = option(1.0, "1: a control fine-tunes the baseline", flag="--polish", low=1, high=1)
-    polish_method: str = option("constant", "weights of the samples: constant", choices=["constant"])
-    polish_init: str = option("baseline", "what is fine-tuned: the baseline", choices=["baseline"])
-    save_dir: str = option("chkpt/controls", "where runs write")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.control == "auxiliary" and self.encoder != "none":
-            raise UserError("--encoder: --control=auxiliary takes none: its head reads the current impression alone")
-
-    @property
-    def run_dir(self) -> RunDirectory:
-        """`<save_dir>/<dataset>_<model>_<control>/`."""
-        name = f"{self.dataset_name}_{model_stem(self.model_name, self.encoder)}_{self.control}"
-        return RunDirectory(Path(self.save_dir) / name, name)
 
 
 def later_outcomes(labels: Floats, sessions: SessionIndex, gamma: float = GAMMA) -> Floats:

@@ -28,14 +28,13 @@ import SLmain
 from common.csv_reader import read_csv_rows
 from common.errors import UserError
 from common.fileio import exclusive_lock, read_json
+from dataset.manifest import find_folder
 from dataset.prepare import prepare
-from dataset.rtrl import find_folder
 from dataset.simulate import SimulationConfig, simulate
 from experiments import boosting, controls
-from experiments.boosting import BoostingArguments
+from experiments.arguments import BoostingArguments, ControlArguments
 from experiments.cluster import DaskExecutor
 from experiments.conditions import ExperimentArguments, ExperimentRun, Key, conditions
-from experiments.controls import ControlArguments
 from experiments.statistics import read_results, write_results
 from slmodels import MODELS
 from train.Arguments import RLArguments, Settings, SLArguments, to_command_line

@@ -21,21 +21,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import torch
-from filelock import FileLock
-
-from common import distributed
-from common.csv_reader import write_csv
-from common.device import pick_device
 from common.errors import UserError, cli_entry_point, truncate
-from common.fileio import check_writable, exclusive_lock
-from dataset.rtrl import Splits
-from dataset.vocabulary import encode_splits
-from SLmain import fit, init_model, make_training
+from common.startup import before_torch
 from slmodels import MODELS
 from train.Arguments import SLArguments, option, parse, to_command_line
-from train.run import get_dataset
 
 if TYPE_CHECKING:
     import optuna
@@ -97,6 +86,23 @@ class TuneArguments(SLArguments):
         """The settings of `SLmain.py` with these values of the searched ones."""
         own = {setting.name: getattr(self, setting.name) for setting in fields(SLArguments) if setting.name != "resume"}
         return SLArguments(**{**own, **values, **changes})
+
+
+if __name__ == "__main__":
+    before_torch(lambda: parse(TuneArguments, __doc__ or "").check_files())
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from common import distributed
+from common.csv_reader import write_csv
+from common.device import pick_device
+from common.fileio import check_writable, exclusive_lock
+from dataset.rtrl import Splits
+from dataset.vocabulary import encode_splits
+from SLmain import fit, init_model, make_training
+from train.run import get_dataset
 
 
 class Tuner:

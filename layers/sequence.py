@@ -110,7 +110,6 @@ def _scatter_padded(embeddings: Tensor, mask: Tensor) -> Tensor:
 
 
 ENCODER_CLASSES: dict[str, type[SequenceEncoder]] = {"gru": GRUEncoder, "attention": AttentionEncoder}
-ENCODERS = ("none", *ENCODER_CLASSES)
 
 
 class SequenceModel(MultiTaskModel):
@@ -170,6 +169,6 @@ class SequenceCritic(CriticNeg):
 
 def make_critic(encoder: str, window: int, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
                 bottom_mlp_dims: Sequence[int], tower_mlp_dims: Sequence[int], dropout: float = 0.2) -> CriticNeg:
-    """A critic that reads the session through an encoder of `ENCODERS`, or with none the current impression alone."""
+    """A critic that reads the session through an encoder, or with "none" the current impression alone."""
     sizes = categorical_field_dims, numerical_num, embed_dim, bottom_mlp_dims, tower_mlp_dims, dropout
     return CriticNeg(*sizes) if encoder == "none" else SequenceCritic(encoder, window, *sizes)

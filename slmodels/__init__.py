@@ -2,36 +2,65 @@
 
 All take ids (B, F) and numbers (B, N) and return predictions (B, T) in (0, 1). Behind an encoder of the session
 (`layers.sequence`) they take windows, (B, W, F) and (B, W, N). A new model is one file with a `MultiTaskModel` and one
-line in `MODELS`.
+line in `MODELS`. The names alone, which settings need, import no torch.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+import pkgutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from layers import ESMM, MultiTaskModel
-from layers.sequence import SequenceModel
-from slmodels.aitm import AITM
-from slmodels.metaheac import MetaHeac
-from slmodels.mmoe import MMoE
-from slmodels.omoe import OMoE
-from slmodels.ple import PLE
-from slmodels.sharedbottom import SharedBottom
-from slmodels.singletask import SingleTask
+if TYPE_CHECKING:
+    from layers.base import MultiTaskModel
 
-MODELS: dict[str, type[MultiTaskModel]] = {
-    "singletask": SingleTask,
-    "sharedbottom": SharedBottom,
-    "esmm": ESMM,
-    "omoe": OMoE,
-    "mmoe": MMoE,
-    "ple": PLE,
-    "aitm": AITM,
-    "metaheac": MetaHeac,
-}
-__all__ = ["AITM", "ESMM", "MODELS", "PLE", "MMoE", "MetaHeac", "OMoE", "SharedBottom", "SingleTask", "build"]
+
+class _Classes(Mapping[str, "type[MultiTaskModel]"]):
+    """Classes by their names; each is imported when it is looked up.
+
+    Args:
+        places: of each class, `module:class`.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.places = places
+
+    def __getitem__(self, name: str) -> type[MultiTaskModel]:
+        cls: type[MultiTaskModel] = pkgutil.resolve_name(self.places[name])
+        return cls
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+MODELS = _Classes({
+    "singletask": "slmodels.singletask:SingleTask",
+    "sharedbottom": "slmodels.sharedbottom:SharedBottom",
+    "esmm": "layers.esmm:ESMM",
+    "omoe": "slmodels.omoe:OMoE",
+    "mmoe": "slmodels.mmoe:MMoE",
+    "ple": "slmodels.ple:PLE",
+    "aitm": "slmodels.aitm:AITM",
+    "metaheac": "slmodels.metaheac:MetaHeac",
+})
+ENCODERS = ("none", "gru", "attention")  # of layers.sequence
+BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # the documented widths of all models and critics
+TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
+
+
+def __getattr__(name: str) -> Any:
+    """A model's class, for `from slmodels import PLE`."""
+    for place in MODELS.places.values():
+        if place.endswith(f":{name}"):
+            return pkgutil.resolve_name(place)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, embed_dim: int,
@@ -60,4 +89,6 @@ def build(name: str, categorical_field_dims: Sequence[int], numerical_num: int, 
 
     if encoder == "none":
         return factory(numerical_num)
+    from layers.sequence import SequenceModel
+
     return SequenceModel(factory, encoder, len(categorical_field_dims), numerical_num, embed_dim, window)

@@ -25,12 +25,11 @@ from common.checkpoint import (
 from common.errors import UserError, truncate
 from dataset.vocabulary import Catemapper
 from layers import CriticNeg
-from layers.sequence import ENCODERS, make_critic
-from slmodels import MODELS, build
+from layers.sequence import make_critic
+from slmodels import BOTTOM_MLP_DIMS, ENCODERS, MODELS, TOWER_MLP_DIMS, build
 from slmodels.predictor import Predictor
 
-BOTTOM_MLP_DIMS: tuple[int, ...] = (512, 256)  # the documented widths of all models and critics
-TOWER_MLP_DIMS: tuple[int, ...] = (128, 64)
+__all__ = ["BOTTOM_MLP_DIMS", "TOWER_MLP_DIMS", "load_model", "model_metadata", "save_model"]
 
 
 def model_metadata(data: Mapping[str, Any], model_name: str, task_num: int, embed_dim: int, expert_num: int,

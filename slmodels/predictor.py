@@ -16,8 +16,9 @@ from common.checkpoint import DIFFERS
 from common.errors import UserError
 from dataset.features import features_version
 from dataset.loader import TensorLoader
+from dataset.manifest import find_folder
 from dataset.new_rows import NewRows, check_rows, with_history
-from dataset.rtrl import Log, find_folder, read_log
+from dataset.rtrl import Log, read_log
 from dataset.vocabulary import Catemapper
 
 BATCH = 4096  # rows

@@ -1,6 +1,7 @@
 """Settings: one dataclass a program, one field a flag; the help text stands beside its default.
 
 `parse(SLArguments, ...)` makes the command line of the fields; programs built on these mains make the dataclass itself.
+Nothing here imports torch: a program reads its command line first.
 """
 
 from __future__ import annotations
@@ -16,19 +17,24 @@ from pathlib import Path
 from typing import Any, NoReturn, Self, TypeVar
 
 import numpy as np
-import torch
 
 from common.errors import UserError, command_line, truncate
 from common.fileio import is_safe_filename, read_json
-from common.run_dir import AGENT_DIR_NAMES, RunDirectory, agent_dir, baseline_path, model_stem
-from dataset.manifest import MAX_TASKS
-from layers.sequence import ENCODERS
-from slmodels import MODELS
-from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, model_metadata
+from common.run_dir import (
+    AGENT_DIR_NAMES,
+    RunDirectory,
+    agent_dir,
+    baseline_path,
+    critic_names,
+    model_stem,
+    network_path,
+)
+from dataset.manifest import MAX_TASKS, find_dataset
+from slmodels import BOTTOM_MLP_DIMS, ENCODERS, MODELS, TOWER_MLP_DIMS
 from train.critic_weights import CRITIC_WEIGHTS, POLISH_METHODS
-from train.task_weighting import WEIGHTINGS
 from train.tracking import BACKENDS
 
+WEIGHTINGS = ("equal", "uncertainty", "upgrad", "pcgrad", "cagrad", "mgda")  # of train.task_weighting
 Parsed = TypeVar("Parsed", bound="Settings")
 
 
@@ -66,6 +72,9 @@ class Settings(_Given):
             validate(setting, getattr(self, setting.name))
             if isinstance(setting.default, tuple):
                 setattr(self, setting.name, tuple(getattr(self, setting.name)))
+
+    def check_files(self) -> None:
+        """Raise UserError where files that the program starts from are missing."""
 
     def plain(self) -> dict[str, Any]:
         """All settings, as files hold them: a list for a tuple."""
@@ -134,6 +143,9 @@ class Arguments(Settings):
         """Impressions of a state; 0: the current one, without a window: neither model nor critics read more."""
         return 0 if self.encoder == self.resolved_critic_encoder == "none" else self.window
 
+    def check_files(self) -> None:
+        find_dataset(Path(self.dataset_path), self.dataset_name)
+
     def critic_stem(self, actor_name: str) -> str:
         """The name of an actor's critics in file names: the actor's, and their encoder if it is not the actor's."""
         return model_stem(actor_name, self.encoder) + (
@@ -145,6 +157,8 @@ class Arguments(Settings):
 
     def metadata(self, model_name: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """The metadata of a model of these settings, on data of `RetailRocketRLDataset.metadata`."""
+        from slmodels.model_file import model_metadata
+
         return model_metadata(data, model_name, len(data["tasks"]), self.embed_dim, self.expert_num,
                               self.bottom_mlp_dims, self.tower_mlp_dims, self.encoder, self.window)
 
@@ -222,6 +236,20 @@ class SLArguments(Arguments):
         names = [self.critic_model] if self.critic_model else [self.model_name, "esmm", *MODELS]
         return {name: agent_dir(self.critic_dir, self.dataset_name, "bc", self.critic_stem(name)) for name in names}
 
+    def find_critics(self) -> tuple[str, Path]:
+        """The model whose critics weight the loss, and the directory of their agent. Raises UserError where there are
+        none."""
+        for model_name, directory in self.critic_candidates.items():
+            if all(network_path(directory, critic).exists() for critic in critic_names(self.task_num or 1)):
+                return model_name, directory
+        raise UserError(f"{next(iter(self.critic_candidates.values()))}: no critics there: train them first: "
+                        + self.suggest_command("RLmain.py", "actor_name", self.critic_model or "esmm"))
+
+    def check_files(self) -> None:
+        super().check_files()
+        if self.polish_lambda and self.polish_method != "constant":
+            self.find_critics()
+
     @property
     def trained_with(self) -> dict[str, Any]:
         """The settings that a baseline's weights depend on."""
@@ -266,6 +294,18 @@ class RLArguments(Arguments):
                                      "ActionNormalizer); what is rewarded and stored are the same predictions")
     save_dir: str = option("chkpt/RL", "where agents are saved")
 
+    def check_files(self) -> None:
+        updates = self.epoch * self.epoch_updates
+        if self.agent != "bc" and updates <= self.init_training_step:
+            raise UserError(f"--agent={self.agent}: its actor would not train: {self.epoch} epochs of "
+                            f"{self.epoch_updates} updates are {updates:,}, and it begins after "
+                            f"{self.init_training_step:,}: raise --epoch, or lower --init_training_step")
+        baseline = self.baseline(self.actor_name)
+        if not baseline.exists():
+            raise UserError(f"{baseline}: no such baseline: train it first: "
+                            + self.suggest_command("SLmain.py", "model_name", self.actor_name))
+        super().check_files()
+
     @property
     def run_dir(self) -> RunDirectory:
         """The directory of the agent."""
@@ -301,7 +341,7 @@ def _of_type(setting: Field[Any], value: Any) -> Any:
     flag, kind = setting.metadata["flag"] or f"--{setting.name}", type(setting.default)
     if isinstance(value, np.generic):
         value = value.item()
-    if kind is str and isinstance(value, Path | torch.device):
+    if kind is str and (isinstance(value, Path) or type(value).__module__ == "torch"):  # a device
         return str(value)
     if kind is float and type(value) is int:
         return float(value)

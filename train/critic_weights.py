@@ -6,12 +6,12 @@ A new method is a line in `CRITIC_WEIGHTS`: the flag, its help and the `shuffled
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from common import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CriticWeights(NamedTuple):
@@ -22,6 +22,8 @@ class CriticWeights(NamedTuple):
 
 
 def _contrast(q: Tensor, labels: Tensor, lambda_: float) -> Tensor:
+    import torch
+
     std, mean = torch.std_mean(distributed.all_gather_rows(q), dim=0, correction=0)
     return torch.exp(-lambda_ * (q - mean) / std.clamp(min=1e-6))
 

@@ -141,7 +141,7 @@ def make_polisher(settings: SLArguments, data: Mapping[str, Any], model: nn.Modu
     if settings.polish_method == "constant":
         print("control: constant weights (critics unused)")
         return RlLossPolisher(model, [], settings.polish_lambda, "constant")
-    owner, directory = find_critics(settings)
+    owner, directory = settings.find_critics()
     train_own, train_owners = (settings.suggest_command("RLmain.py", "actor_name", name)
                                for name in (settings.model_name, owner))
     print(f"critics of {owner} weight the loss of {settings.model_name}, from {directory}"
@@ -155,16 +155,6 @@ def make_polisher(settings: SLArguments, data: Mapping[str, Any], model: nn.Modu
     critics = load_critics(directory, expected, len(expected["tasks"]), f"train critics for this data: {train_owners}",
                            device)
     return RlLossPolisher(model, critics, settings.polish_lambda, settings.polish_method, settings.polish_normalize)
-
-
-def find_critics(settings: SLArguments) -> tuple[str, Path]:
-    """The model whose critics weight the loss, and the directory of their agent. Raises UserError where there are none.
-    """
-    for model_name, directory in settings.critic_candidates.items():
-        if all(network_path(directory, critic).exists() for critic in critic_names(settings.task_num or 1)):
-            return model_name, directory
-    raise UserError(f"{next(iter(settings.critic_candidates.values()))}: no critics there: train them first: "
-                    + settings.suggest_command("RLmain.py", "actor_name", settings.critic_model or "esmm"))
 
 
 def load_critics(directory: Path, metadata: Mapping[str, Any], task_num: int, hint: str,

@@ -15,8 +15,9 @@ from torch import nn
 from common import distributed
 from common.errors import UserError
 from dataset.features import NumericalMode
+from dataset.manifest import find_dataset
 from dataset.prepare import prepare
-from dataset.rtrl import DataMode, Splits, find_folder, load_splits
+from dataset.rtrl import DataMode, Splits, load_splits
 from dataset.simulate import SimulationConfig, simulate
 from slmodels import build
 from slmodels.model_file import BOTTOM_MLP_DIMS, TOWER_MLP_DIMS, load_model
@@ -38,14 +39,9 @@ def get_dataset(name: str, path: str | Path, numerical: str = "rates", task_num:
     Raises UserError where the folder is incomplete, a file in it is wrong, or it has fewer tasks; and where `rt` is
     absent, but there are tables of somebody's in the place where it would be simulated.
     """
-    folder = find_folder(Path(path), name)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        hint = (f"make it with python3 -m dataset.prepare --raw DIR --out {folder} (KuaiRand: --source kuairand)")
-        if name != "rt":
-            raise UserError(f"{folder}: no such data set: {hint}")
-        raw, theirs = folder.parent / "simulated", sorted(folder.parent.glob("*.csv*"))
-        if theirs:
-            raise UserError(f"{folder}: no such data set, and none is simulated beside {theirs[0].name}: {hint}")
+    folder, is_there = find_dataset(Path(path), name)
+    if not is_there:
+        raw = folder.parent / "simulated"
         print(f"{folder} is not there: simulating a shopping log into {raw} and preparing it.\n"
               f"For your own RetailRocket files: python3 -m dataset.prepare --raw DIR --out {folder}\n")
         if not raw.exists():

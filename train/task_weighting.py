@@ -19,8 +19,6 @@ from common import distributed
 from common.checkpoint import load_optimizer_state
 from common.errors import UserError
 
-WEIGHTINGS = ("equal", "uncertainty", "upgrad", "pcgrad", "cagrad", "mgda")
-
 
 class TaskWeighting:
     """Equal weights; the parent of the others."""

@@ -21,8 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from matplotlib.image import imread
-
 from common import distributed
 from common.errors import UserError
 from common.fileio import read_json, write_json
@@ -69,6 +67,8 @@ class TensorBoard:
     log_test = log_metrics
 
     def log_plot(self, path: Path, epoch: int) -> None:
+        from matplotlib.image import imread
+
         self.writer.add_image(path.stem, imread(path), epoch, dataformats="HWC")
 
     def close(self) -> None:

@@ -14,8 +14,9 @@ from test_features import ITEMS, LABELS, SESSION
 from common import fileio
 from common.fileio import sha256
 from dataset.features import NumericalMode
+from dataset.manifest import find_folder
 from dataset.retailrocket import PROPERTIES
-from dataset.rtrl import RetailRocketRLDataset, Splits, find_folder, load_splits
+from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits
 from dataset.tables import SPLITS
 
 
