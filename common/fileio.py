@@ -88,13 +88,13 @@ def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
         with atomic_file(folder / ".writable") as tmp_path:
             tmp_path.touch()
         (folder / ".writable").unlink(missing_ok=True)
-        _remove_stale_temp_files(folder)
+        remove_stale_temp_files(folder)
     for file in files:
         if file.is_dir():
             raise UserError(f"{file}: cannot write: path is a directory: move it away")
 
 
-def _remove_stale_temp_files(folder: Path) -> None:
+def remove_stale_temp_files(folder: Path) -> None:
     """Remove the `<name>.<process id>.partial` of dead processes."""
     for path in folder.glob("*.partial"):
         pid = path.name.split(".")[-2]
