@@ -86,7 +86,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """Yield a new directory for temporary files, which is removed at the end; those of dead processes are, too."""
     with _wrap_os_error(parent):
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_temp_files(parent, name)
+        remove_stale_temp_files(parent, name)
         path = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=f".{os.getpid()}.partial", dir=parent))
     try:
         yield path
@@ -101,13 +101,13 @@ def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
         with atomic_file(folder / ".writable") as tmp_path:
             tmp_path.touch()
         (folder / ".writable").unlink(missing_ok=True)
-        _remove_stale_temp_files(folder)
+        remove_stale_temp_files(folder)
     for file in files:
         if file.is_dir():
             raise UserError(f"{file}: cannot write: path is a directory: move it away")
 
 
-def _remove_stale_temp_files(folder: Path, name: str = "") -> None:
+def remove_stale_temp_files(folder: Path, name: str = "") -> None:
     """Remove the `<name>.<process id>.partial` of dead processes."""
     for path in folder.glob(f"{name}*.partial"):
         pid = path.name.split(".")[-2]

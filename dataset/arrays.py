@@ -9,25 +9,29 @@ a limit, and the arrays do not depend on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import mmap
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from common import distributed
 from common.csv_reader import cell_location, literal, log_repairs, normalize_category, quoted
 from common.duck import connect
 from common.errors import UserError
-from common.fileio import atomic_folder, check_writable, read_json, sha256, write_json
+from common.fileio import read_json, remove_stale_temp_files, sha256
 from dataset.features import (
     Ids,
     NumericalMode,
@@ -178,25 +182,51 @@ def open_arrays(path: Path, files: Mapping[str, Path], manifest: Mapping[str, An
     version = "" if numerical == "none" else features_version()
     description = {"format": FORMAT, "data": fingerprint, "numerical": numerical, "features": version}
     folder = path / f"arrays-{fingerprint}-{numerical}-{version[:8]}"
-    problem = _find_damage(folder, description)
-    if problem:
-        if folder.exists():
-            print(f"{folder}: {problem}: the arrays are made again")
+    if distributed.is_main_process() and _find_damage(folder, description):
         try:
-            check_writable(path)
-            if distributed.is_main_process():
-                shutil.rmtree(folder, ignore_errors=True)
-        except UserError as error:
-            raise UserError(f"{error}: memory-mapped arrays are written beside the tables: make the folder writable, "
-                            "or use --data=memory") from error
-        print(f"{path}: the tables become memory-mapped arrays, once, in {folder}", flush=True)
-        with atomic_folder(folder) as partial:
-            if distributed.is_main_process():
-                builder = _Builder(path, files, manifest, numerical, is_published, partial)
-                names = builder.run()
-                digests = {file.name: sha256(file) for file in sorted(partial.iterdir())}
-                write_json(partial / "arrays.json", {**description, **names, "sha256": digests})
+            with _only_maker(path):
+                if problem := _find_damage(folder, description):
+                    if folder.exists():
+                        print(f"{folder}: {problem}: the arrays are made again")
+                        shutil.rmtree(folder)
+                    print(f"{path}: the tables become memory-mapped arrays, once, in {folder}", flush=True)
+                    _make(folder, description, partial(_Builder, path, files, manifest, numerical, is_published))
+        except OSError as error:
+            raise UserError(f"{path}: memory-mapped arrays cannot be written beside the tables: "
+                            f"{error.strerror or error}: make room or the folder writable, or use --data=memory"
+                            ) from error
+    distributed.barrier()
     return _split_arrays(folder, manifest)
+
+
+@contextlib.contextmanager
+def _only_maker(path: Path) -> Iterator[None]:
+    """Wait until no other program makes arrays in this folder. Its unfinished ones are removed if it was killed."""
+    lock = FileLock(path / ".arrays.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{path}: another program makes the arrays: waiting for it", flush=True)
+        lock.acquire()
+    try:
+        remove_stale_temp_files(path)
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _make(folder: Path, description: Mapping[str, Any], builder: Callable[[Path], _Builder]) -> None:
+    """Write a folder of arrays as a whole, or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        unfinished.mkdir()
+        content = builder(unfinished).run()
+        digests = {file.name: sha256(file) for file in sorted(unfinished.iterdir())}
+        (unfinished / "arrays.json").write_text(json.dumps({**description, **content, "sha256": digests}))
+        os.rename(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _find_damage(folder: Path, description: Mapping[str, Any]) -> str:

@@ -288,7 +288,9 @@ def load_splits(path: Path, numerical: NumericalMode = "rates", task_num: int = 
     if task_num > len(tasks):
         raise UserError(f"--task_num: {task_num}, but {path} has {len(tasks)}: "
                         + ", ".join(task["name"] for task in tasks))
-    needed = folder.row_count * BYTES_PER_ROW
+    needed = 0 if data == "mapped" else folder.row_count * BYTES_PER_ROW
+    if data == "memory":
+        require_free_memory(needed, f"{path}, its tables (--data=mapped needs less)")
     if data == "mapped" or (data == "auto" and needed > MEMORY_FRACTION * available_memory()):
         arrays = open_arrays(path, folder.files, manifest, fingerprint, numerical, not folder.has_manifest)
         datasets = {split: RetailRocketRLDataset.of(arrays[split], numerical) for split in SPLITS}
@@ -335,14 +337,15 @@ def open_folder(path: Path) -> Folder:
 
 
 def read_log(path: Path) -> Log:
-    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error."""
-    return read_tables_of(open_folder(path))
+    """Read a folder of MDP tables, as they are. Raises UserError naming file, line and column of an error, and
+    where they would not fit into memory."""
+    folder = open_folder(path)
+    require_free_memory(folder.row_count * BYTES_PER_ROW, f"{path}, its tables")
+    return read_tables_of(folder)
 
 
 def read_tables_of(folder: Folder) -> Log:
-    """The tables of a folder, in memory. Raises UserError as `read_log`, and where they would not fit."""
-    rows = folder.row_count
-    require_free_memory(rows * BYTES_PER_ROW, f"{folder.path}: {rows:,} rows in memory (--data=mapped needs less)")
+    """The tables of a folder, in memory. Raises UserError as `read_log`."""
     tables, feature_tables = read_tables(folder.path, folder.manifest, is_published=not folder.has_manifest)
     log = Log(tables, feature_tables, folder.manifest, folder.fingerprint)
     for split, table in tables.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -196,11 +197,23 @@ def test_mapped_where_the_tables_do_not_fit(tables: Path, monkeypatch: pytest.Mo
     assert load_splits(tables).train.is_mapped
 
 
-def test_a_folder_that_cannot_be_written_is_named(tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.fileio._tmp_path", lambda path: tables / "manifest.json" / path.name)
-    message = user_error_message(lambda: load_splits(tables, data="mapped"))
-    assert message.startswith(str(tables))
-    assert message.endswith("make the folder writable, or use --data=memory")
+@pytest.mark.parametrize("function", ["os.posix_fallocate", "os.rename", "pathlib.Path.mkdir"])
+def test_arrays_that_cannot_be_written(tables: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """One line, and nothing half-written; then they are made."""
+    before = read_tree(tables)
+    with monkeypatch.context() as patch:
+        patch.setattr(function, lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        message = user_error_message(lambda: load_splits(tables, data="mapped"))
+    assert message == (f"{tables}: memory-mapped arrays cannot be written beside the tables: No space left on device: "
+                       "make room or the folder writable, or use --data=memory")
+    assert read_tree(tables) == before
+    assert load_splits(tables, data="mapped").train.is_mapped
+
+
+def test_what_a_killed_program_left_is_removed(tables: Path) -> None:
+    (tables / "arrays-x.999999999.partial" / "scratch").mkdir(parents=True)
+    load_splits(tables, data="mapped")
+    assert not list(tables.glob("*.partial"))
 
 
 # ------------------------------------------------------------------------------------------------------ ids of mappings

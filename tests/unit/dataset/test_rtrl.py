@@ -16,7 +16,7 @@ from common.fileio import sha256
 from dataset.features import NumericalMode
 from dataset.manifest import find_folder
 from dataset.retailrocket import PROPERTIES
-from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits
+from dataset.rtrl import RetailRocketRLDataset, Splits, load_splits, read_log
 from dataset.tables import SPLITS
 
 
@@ -238,8 +238,9 @@ def test_loading_is_deterministic(rt_tables: Path, splits: Splits, numerical: Nu
 
 def test_a_table_larger_than_memory_is_refused(rt_tables: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fileio, "available_memory", lambda: 2.0**20)
-    assert (" rows in memory (--data=mapped needs less): about 0.0 GiB of memory are needed"
-            in user_error_message(lambda: load_splits(rt_tables, data="memory")))
+    assert "tables (--data=mapped needs less): about 0.0 GiB of memory are needed" in user_error_message(
+        lambda: load_splits(rt_tables, data="memory"))
+    assert "tables: about 0.0 GiB of memory are needed" in user_error_message(lambda: read_log(rt_tables))
 
 
 def test_find_folder(rt_tables: Path, tmp_path: Path) -> None:
