@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, SMALL, read_tree, run, user_error_message
+from conftest import ENVIRONMENT, read_tree, run, user_error_message
 
 import RLmain
 import SLmain
 from common import fileio
-from dataset.prepare import prepare
 from dataset.simulate import SimulationConfig, simulate
 from slmodels import build
 from train.Arguments import RLArguments
@@ -145,11 +143,6 @@ def test_run_larger_than_memory_is_refused(tables: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.usefixtures("four_gib")
-def test_raw_logs_are_refused_by_their_size(raw_log: Path, tmp_path: Path) -> None:
+def test_raw_logs_are_refused_by_their_size(tmp_path: Path) -> None:
     text = user_error_message(lambda: simulate(tmp_path / "raw", SimulationConfig(events=100_000_000)))
     assert text.startswith("a simulated log of 100,000,000 events")
-    simulate(tmp_path / "raw", SMALL)
-    os.truncate(tmp_path / "raw" / "events.csv", 2**31)  # sparse: it takes no room on the disk
-    text = user_error_message(lambda: prepare(tmp_path / "raw", tmp_path / "rt"))
-    assert text.startswith(f"{tmp_path / 'raw'}: 2.0 GiB of CSV: about 16.0 GiB of memory are needed")
-    assert not (tmp_path / "rt").exists()
