@@ -32,11 +32,12 @@ class SparkEngine(Engine):
         super().view(name, relation)
         (self.folder / name).mkdir()
         self.con.table(name).write_parquet(str(self.folder / name / "part-0.parquet"))
-        self._open(name)
+        self.spark.read.parquet(str(self.folder / name)).createOrReplaceTempView(name)
 
     def step(self, name: str, query: str, drop: Sequence[str] = ()) -> None:
-        self._sql(query).write.parquet(str(self.folder / name))
-        self._open(name)
+        table = self._sql(query)
+        table.write.parquet(str(self.folder / name))
+        self.spark.read.schema(table.schema).parquet(str(self.folder / name)).createOrReplaceTempView(name)
         for table in drop:
             self.spark.catalog.dropTempView(table)
             shutil.rmtree(self.folder / table)
@@ -48,9 +49,6 @@ class SparkEngine(Engine):
     def result(self, name: str) -> DuckDBPyRelation:
         # Files that Spark names in the order of the rows.
         return self.con.read_parquet(sorted(map(str, (self.folder / name).glob("part-*.parquet"))))
-
-    def _open(self, name: str) -> None:
-        self.spark.read.parquet(str(self.folder / name)).createOrReplaceTempView(name)
 
     def _sql(self, query: str) -> Any:
         import sqlglot
@@ -73,8 +71,8 @@ def open_spark(con: DuckDBPyConnection, parent: Path) -> Iterator[SparkEngine]:
         raise UserError("--engine=spark: Java is not installed: Spark 4 needs Java 17 or later (apt-get install "
                         "default-jre-headless)")
     with scratch_folder(parent, "spark") as folder:
-        builder = SparkSession.builder.appName("dataset.prepare").config("spark.ui.enabled", "false")
-        spark = builder.config("spark.sql.session.timeZone", "UTC").getOrCreate()
+        settings = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+        spark = SparkSession.builder.appName("dataset.prepare").config(map=settings).getOrCreate()
         spark.sparkContext.setLogLevel("ERROR")
         try:
             yield SparkEngine(con, spark, folder)
