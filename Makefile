@@ -1,6 +1,7 @@
 # make demo         set up the environment, then run the documented commands
 # make test         set up the environment, then lint, check types and test, a process a core (3 minutes on 2 cores)
 # make stress       the long tests: faults and corrupt files by the thousand, runs of full length (an hour)
+# make cluster-test Spark makes the tables that DuckDB makes (installs pyspark, and with apt-get a JRE if java is missing)
 # make experiments  reproduce every table: hours; FLAGS=--quick takes minutes, FLAGS=--help lists the options
 # make bench        measure everything, beside torch-rechub (20 minutes on 2 cores; close other programs)
 # make clean        remove the environment and the caches
@@ -9,7 +10,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test stress experiments bench lint clean
+.PHONY: demo test stress cluster-test experiments bench lint clean
 
 demo: .venv/run.stamp
 	$(PY) SLmain.py --model_name=esmm
@@ -21,6 +22,10 @@ test: lint
 
 stress: .venv/test.stamp
 	$(PY) -m pytest -n auto --dist worksteal -m stress
+
+cluster-test: .venv/cluster.stamp
+	command -v java >/dev/null || { apt-get update && apt-get install --yes default-jre-headless; }
+	$(PY) -m pytest -m cluster
 
 experiments: .venv/weighting.stamp
 	$(PY) -m experiments $(FLAGS)
@@ -42,6 +47,10 @@ lint: .venv/test.stamp
 
 .venv/test.stamp: requirements/test.txt requirements/weighting.txt requirements/tracking.txt requirements/tune.txt requirements/export.txt requirements/cluster.txt .venv/run.stamp
 	$(PIP) -r requirements/test.txt
+	touch $@
+
+.venv/cluster.stamp: requirements/spark.txt .venv/test.stamp
+	$(PIP) -r requirements/spark.txt
 	touch $@
 
 .venv/weighting.stamp: requirements/weighting.txt .venv/run.stamp

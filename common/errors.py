@@ -87,6 +87,8 @@ def command_line(arguments: Sequence[str] | None = None) -> str:
 def _root_interrupt(error: BaseException | None) -> KeyboardInterrupt | None:
     """The Ctrl-C or SIGTERM that caused an error, or None. An interrupted library may raise an error of its own."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
+        if isinstance(error, RuntimeError) and str(error) == "Query interrupted":  # by DuckDB, without its cause
+            return _interrupt
         error = error.__context__
     return error
 
@@ -111,8 +113,13 @@ def _exit_if_out_of_memory(error: BaseException) -> None:
         _exit_with_message(f"error: out of memory ({reason}): use fewer rows, a smaller batch or a smaller model", 2)
 
 
+_interrupt = KeyboardInterrupt()  # what a signal raises, if one came
+
+
 def _on_sigterm(_number: int, _frame: object) -> None:
-    raise Terminated
+    global _interrupt
+    _interrupt = Terminated()
+    raise _interrupt
 
 
 def _exit_with_message(line: str, code: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,14 +28,17 @@ class Engine:
 
         Raises UserError naming file, line and column of an invalid cell, and if there are no rows.
         """
-        for number, path in enumerate(paths):
-            scan(self.con, path, schema, may_be_empty=True).create_view(f"{name}_{number}")
-        union = " UNION ALL ".join(f"SELECT *, {number} AS file FROM {name}_{number}" for number in range(len(paths)))
-        self.con.execute(f"CREATE TEMP VIEW {name} AS {union}")
+        parts = [scan(self.con, path, schema, may_be_empty=True).project(f"*, {number} AS file")
+                 for number, path in enumerate(paths)]
+        self.view(name, functools.reduce(lambda rows, part: rows.union(part), parts))
         (rows,) = self.query(f"SELECT count(*) FROM {name}")
         if not rows and not may_be_empty:
             raise UserError(f"{paths[0]}: no rows below the header: is it the right file?")
         return int(rows)
+
+    def view(self, name: str, relation: DuckDBPyRelation) -> None:
+        """Call a relation of `con` by a name in later steps."""
+        relation.create_view(name)
 
     def step(self, name: str, query: str, drop: Sequence[str] = ()) -> None:
         """Make the table `name` from a query; afterwards the tables `drop` are not needed any more."""

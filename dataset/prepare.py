@@ -12,6 +12,7 @@ is smaller and faster to read.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,14 +23,16 @@ from common.errors import UserError, cli_entry_point
 from common.fileio import exclusive_lock
 from dataset import kuairand, retailrocket
 from dataset.engine import Engine
+from dataset.spark import open_spark
 from dataset.tables import FORMATS, print_row_counts, require_new_folder, write_dataset
 
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
+ENGINES = {"duckdb": lambda con, _folder: contextlib.nullcontext(Engine(con)), "spark": open_spark}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
             source: str = "retailrocket", tasks: Sequence[str] = (), memory_limit: int | str = MEMORY_LIMIT,
-            file_format: str = "csv") -> None:
+            file_format: str = "csv", engine: str = "duckdb") -> None:
     """Turn the raw log in `raw_dir` into the folder `out_dir` of MDP tables; the importer's module has the rules.
 
     Args:
@@ -41,6 +44,7 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
         tasks: of KuaiRand, labels of `kuairand.TASK_NAMES`; none: the importer's own two.
         memory_limit: bytes of memory for tables; the rest lies in a temporary folder beside `out_dir`.
         file_format: one of `dataset.tables.FORMATS`.
+        engine: one of `ENGINES`, which runs the SQL steps.
 
     Raises:
         UserError: a file is missing, a cell is invalid (file, line and column are named), or `out_dir` exists.
@@ -57,8 +61,8 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
     with exclusive_lock(out_dir):
         require_new_folder(out_dir)
         options = [tasks] if tasks else []
-        with connect(memory_limit, folder=out_dir.parent) as con:
-            dataset = IMPORTERS[source].load_raw(Engine(con), raw_dir, session_gap, min_session, *options)
+        with (connect(memory_limit, folder=out_dir.parent) as con, ENGINES[engine](con, out_dir.parent) as runner):
+            dataset = IMPORTERS[source].load_raw(runner, raw_dir, session_gap, min_session, *options)
             print_row_counts(dataset)
             write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format,
                           memory_limit)
@@ -83,9 +87,11 @@ def cli() -> None:
     parser.add_argument("--memory_limit", default=MEMORY_LIMIT, metavar="BYTES",
                         help="memory for tables, such as 2GB; the rest lies on the disk (default %(default)s)")
     parser.add_argument("--format", default="csv", choices=FORMATS, help="of the tables (default %(default)s)")
+    parser.add_argument("--engine", default="duckdb", choices=ENGINES,
+                        help="what runs the SQL steps (default %(default)s); spark needs requirements/spark.txt")
     args = parser.parse_args()
     prepare(args.raw, args.out, args.session_gap, args.min_session, args.source,
-            [task for task in args.tasks.split(",") if task], args.memory_limit, args.format)
+            [task for task in args.tasks.split(",") if task], args.memory_limit, args.format, args.engine)
     print(f"wrote {args.out}")
 
 

@@ -55,7 +55,7 @@ def load_raw(engine: Engine, raw_dir: Path, session_gap: float, min_session: int
     row_counts = _make_sessions(engine, event_file, session_gap, min_session)
     truth = [name for name in GROUND_TRUTH_SCHEMA if name not in ("timestamp", "visitorid", "itemid")]
     if has_truth := config is not None and truth_file.exists() and not session_gap:
-        scan_ground_truth(engine.con, truth_file, config).create_view("truth")
+        engine.view("truth", scan_ground_truth(engine.con, truth_file, config))
     # 5b. Rows are in order of split, session start, session and time; of rows at the same time that of the earlier
     # event comes first, then that of the smaller item.
     engine.step("rows", f"""
