@@ -18,7 +18,8 @@ from common.csv_reader import read_csv_rows
 from dataset.rtrl import Splits, load_splits
 from dataset.vocabulary import encode_splits
 from experiments import boosting
-from experiments.boosting import BoostingArguments, TargetMeans, choose_classifier, make_features, session_folds
+from experiments.arguments import BoostingArguments
+from experiments.boosting import TargetMeans, choose_classifier, make_features, session_folds
 from experiments.conditions import ExperimentArguments
 from experiments.runner import run_experiments
 from experiments.statistics import read_results

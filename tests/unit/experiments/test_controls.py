@@ -24,8 +24,9 @@ from common.fileio import read_json
 from dataset.sessions import SessionIndex
 from dataset.vocabulary import encode_splits
 from experiments import controls
+from experiments.arguments import CONTROLS, ControlArguments
 from experiments.conditions import ExperimentArguments, ExperimentRun, conditions
-from experiments.controls import CONTROLS, Auxiliary, Average, ControlArguments, Ensemble, later_outcomes
+from experiments.controls import Auxiliary, Average, Ensemble, later_outcomes
 from experiments.runner import execute
 from layers.base import MultiTaskModel
 from slmodels import MODELS, build

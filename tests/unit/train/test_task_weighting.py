@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from common import distributed
 from SLmain import main
-from train.task_weighting import WEIGHTINGS, TaskWeighting, Uncertainty, make_task_weighting
+from train.Arguments import WEIGHTINGS
+from train.task_weighting import TaskWeighting, Uncertainty, make_task_weighting
 
 SMALL = {"embed_dim": 8, "expert_num": 2, "batch_size": 512, "model_name": "ple", "epoch": 2}
 
