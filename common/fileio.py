@@ -13,7 +13,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,19 +81,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-@contextmanager
-def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new directory for temporary files, which is removed at the end; those of dead processes are, too."""
-    with _wrap_os_error(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_temp_files(parent, name)
-        path = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=f".{os.getpid()}.partial", dir=parent))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
     """Create the folders, write a test file in each, and check that none of `files` is a directory: a run fails at its
     start, not after an hour. Removes the temporary files of dead processes. Raises UserError."""
@@ -102,14 +88,14 @@ def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
         with atomic_file(folder / ".writable") as tmp_path:
             tmp_path.touch()
         (folder / ".writable").unlink(missing_ok=True)
-        _remove_stale_temp_files(folder)
+        remove_stale_temp_files(folder)
     for file in files:
         if file.is_dir():
             raise UserError(f"{file}: cannot write: path is a directory: move it away")
 
 
-def _remove_stale_temp_files(folder: Path, name: str = "") -> None:
-    """Remove the `<name>.<process id>.partial` of dead processes."""
+def remove_stale_temp_files(folder: Path, name: str = "") -> None:
+    """Remove the `<name>...<process id>.partial` of dead processes."""
     for path in folder.glob(f"{name}*.partial"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not _pid_exists(int(pid)):
