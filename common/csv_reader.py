@@ -397,22 +397,18 @@ def _cell_error(cell: str, column_type: ColumnType | None) -> str:
     if not cell:
         return "is empty: give a number" if column_type != "label" else "is empty: a label is 0 or 1"
     try:
-        # Python accepts 1_0 and digits of other scripts, pandas does not.
+        # Python accepts 1_0 and digits of other scripts.
         value = float(cell) if cell.isascii() and "_" not in cell else float("not a number")
     except ValueError:
         return f"'{_printable(cell)}' is not a number"
-    if column_type == "label":
-        return "" if value in (0.0, 1.0) else f"'{_printable(cell)}' is not a label: 0 or 1"
-    if not np.isfinite(value):
-        return f"'{_printable(cell)}' is not a finite number"
-    if column_type in ("id", "optional_id"):
-        if value != np.floor(value):
-            return f"'{_printable(cell)}' is not a whole number"
-        if abs(value) >= MAX_EXACT_INT:
-            return f"'{_printable(cell)}' is too large for an id (2^53 and more)"
-    if column_type == "optional_number" and abs(value) > MAX_FLOAT32:
-        return f"'{_printable(cell)}' is too large for a number (3.4e38 and more)"
-    return ""
+    is_id = column_type in ("id", "optional_id")
+    problems = {"not a label: 0 or 1": column_type == "label" and value not in (0.0, 1.0),
+                "not a finite number": not np.isfinite(value),
+                "not a whole number": is_id and value != np.floor(value),
+                "too large for an id (2^53 and more)": is_id and abs(value) >= MAX_EXACT_INT,
+                "too large for a number (3.4e38 and more)": (
+                    column_type == "optional_number" and abs(value) > MAX_FLOAT32)}
+    return next((f"'{_printable(cell)}' is {problem}" for problem, is_wrong in problems.items() if is_wrong), "")
 
 
 def _is_na(cell: str) -> bool:

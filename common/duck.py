@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.fileio import scratch_folder
+from common.fileio import remove_stale_temp_files
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -28,17 +29,25 @@ def connect(memory_limit: int | str = MEMORY_LIMIT, threads: int = 0,
     """
     import duckdb  # a tenth of a second
 
-    with scratch_folder(folder or Path(tempfile.gettempdir()), "rmtl") as scratch:
+    with temporary_folder(folder or Path(tempfile.gettempdir())) as scratch:
         options: dict[str, Any] = {
             "memory_limit": f"{memory_limit}B" if str(memory_limit).isdigit() else memory_limit,
-            "temp_directory": str(scratch), **({"threads": threads} if threads else {})}
+            "temp_directory": scratch, **({"threads": threads} if threads else {})}
         try:
-            with duckdb.connect(":memory:", config=options) as connection:
-                yield connection
-        except duckdb.ParserException as error:
+            connection = duckdb.connect(":memory:", config=options)
+        except duckdb.Error as error:
             raise UserError(f"--memory_limit: '{memory_limit}' is not a number of bytes, such as 2GB") from error
+        try:
+            with connection:
+                yield connection
         except duckdb.OutOfMemoryException as error:
             raise UserError(f"--memory_limit: {memory_limit} bytes are not enough, or the disk of {scratch} is full "
                             f"({str(error).splitlines()[0]})") from error
         except duckdb.IOException as error:
             raise UserError(f"{scratch}: {str(error).splitlines()[0]}") from error
+
+
+def temporary_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder in `parent` that is removed on exit; those of killed processes are removed first."""
+    remove_stale_temp_files(parent, "rmtl-")
+    return tempfile.TemporaryDirectory(f".{os.getpid()}.partial", "rmtl-", parent, ignore_cleanup_errors=True)

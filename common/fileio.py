@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,19 +80,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(tmp_path, ignore_errors=True)
 
 
-@contextmanager
-def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """Yield a new directory for temporary files, which is removed at the end; those of dead processes are, too."""
-    with _wrap_os_error(parent):
-        parent.mkdir(parents=True, exist_ok=True)
-        remove_stale_temp_files(parent, name)
-        path = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=f".{os.getpid()}.partial", dir=parent))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
     """Create the folders, write a test file in each, and check that none of `files` is a directory: a run fails at its
     start, not after an hour. Removes the temporary files of dead processes. Raises UserError."""
@@ -108,7 +94,7 @@ def check_writable(*folders: Path, files: Sequence[Path] = ()) -> None:
 
 
 def remove_stale_temp_files(folder: Path, name: str = "") -> None:
-    """Remove the `<name>.<process id>.partial` of dead processes."""
+    """Remove the `<name>...<process id>.partial` of dead processes."""
     for path in folder.glob(f"{name}*.partial"):
         pid = path.name.split(".")[-2]
         if pid.isdigit() and not _pid_exists(int(pid)):

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.duck import temporary_folder
 from common.errors import UserError
-from common.fileio import scratch_folder
 from dataset.engine import Engine
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def open_spark(con: DuckDBPyConnection, parent: Path) -> Iterator[SparkEngine]:
     if not (shutil.which("java") or shutil.which(str(Path(os.environ.get("JAVA_HOME", ""), "bin", "java")))):
         raise UserError("--engine=spark: Java is not installed: Spark 4 needs Java 17 or later (apt-get install "
                         "default-jre-headless)")
-    with scratch_folder(parent, "spark") as folder:
+    with temporary_folder(parent) as folder:
         settings = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
         spark = SparkSession.builder.appName("dataset.prepare").config(map=settings).getOrCreate()
         spark.sparkContext.setLogLevel("ERROR")
         try:
-            yield SparkEngine(con, spark, folder)
+            yield SparkEngine(con, spark, Path(folder))
         finally:
             spark.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
 from pathlib import Path
@@ -9,19 +10,24 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import user_error_message
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.csv_reader import (
     MAX_EXACT_INT,
+    NA_VALUES,
     ColumnType,
+    as_relation,
     cell_location,
     count_rows,
     normalize_category,
     read_csv_rows,
     read_table,
+    scan,
     write_csv,
 )
+from common.duck import connect
+from common.errors import UserError
 
 COLUMNS: dict[str, ColumnType] = {"itemid": "id", "click": "label", "note": "optional_text"}
 HEADER = "itemid,click,note\n"
@@ -301,3 +307,57 @@ def test_invalid_optional_numbers_are_named(tmp_path: Path, cell: str) -> None:
     ("a,b,c", "line 1: column 'itemid' is missing")])
 def test_file_without_header_is_told(tmp_path: Path, first: str, told: str) -> None:
     assert told in user_error_message(lambda: table_of(tmp_path / "a.csv", f"{first}\n2,1,y\n"))
+
+
+# ------------------------------------------------------------------------------------------- what DuckDB reads otherwise
+
+
+@pytest.mark.parametrize(("rows", "notes"), [
+    ('1,0, "x" \n2,1,y\n', [' "x" ', "y"]), ('1,0,"x"y\n2,1,y\n', ["xy", "y"]), ('1,0,x"y\n2,1,y\n', ['x"y', "y"]),
+    ("1,0,x\r\n2,1,y\n", ["x", "y"]), ("1,0,x\r2,1,y\r", ["x", "y"]), ("1,0,x\n \t\n2,1,y\n", ["x", "y"]),
+    (f"1,0,{'x' * 5_000_000}\n2,1,y\n", ["x" * 5_000_000, "y"])],
+    ids=["blanks around quotes", "text behind a quote", "a quote in text", "mixed line ends", "old line ends",
+         "a line of blanks", "a cell of 5 MB"])
+def test_unusual_files_are_read_row_by_row(tmp_path: Path, rows: str, notes: list[str]) -> None:
+    table = table_of(tmp_path / "a.csv", HEADER + rows)
+    assert table["note"].tolist() == notes
+    assert table["itemid"].tolist() == [1, 2]
+    assert table["click"].tolist() == [0, 1]
+
+
+@given(cells=st.lists(st.text("0129+-.eE_xnaif \t", max_size=5).filter(str.strip), min_size=1, max_size=40),
+       column_type=st.sampled_from(["id", "optional_id", "label", "number", "optional_number"]))
+@settings(max_examples=40)
+def test_sql_and_python_read_the_same_numbers(tmp_path_factory: pytest.TempPathFactory, cells: list[str],
+                                              column_type: ColumnType) -> None:
+    """What the fast pass refuses, the slow one names; what it takes has Python's value."""
+    path = tmp_path_factory.mktemp("cells") / "a.csv"
+    for cell in cells:
+        path.write_text(f"a,b\n{cell},x\n")
+        with contextlib.suppress(UserError):  # which the slow pass raises: it found the cell invalid, too
+            (value,) = read_table(path, {"a": column_type})["a"]
+            assert pd.isna(value) if cell.strip() in NA_VALUES else value == float(cell)
+
+
+def test_parquet_is_checked_as_csv(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    as_relation(pd.DataFrame({"itemid": [1, 2], "click": [0.0, 1.0], "note": ["x", None]})).write_parquet(str(path))
+    pd.testing.assert_frame_equal(read_table(path, COLUMNS), table_of(tmp_path / "a.csv", HEADER + "1,0,x\n2,1,\n"))
+    as_relation(pd.DataFrame({"itemid": [1, 2], "click": [0, 7], "note": "x"})).write_parquet(str(path))
+    text = user_error_message(lambda: read_table(path, COLUMNS))
+    assert text == f"{path}, row 2, column 'click': '7' is not a label: 0 or 1"
+    path.write_bytes(path.read_bytes()[:-9])
+    assert user_error_message(lambda: read_table(path, COLUMNS)).startswith(f"{path}: cannot read as Parquet: ")
+
+
+def test_names_that_duckdb_would_take_for_patterns(tmp_path: Path) -> None:
+    (folder := tmp_path / "day=1" / "[a]*").mkdir(parents=True)
+    assert table_of(folder / "a.csv", HEADER + "1,0,x\n")["note"].tolist() == ["x"]
+
+
+def test_rows_are_numbered_in_the_order_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id\n" + "".join(f"{i * 7 % 100_003}\n" for i in range(100_000)))
+    with connect(threads=2) as con:
+        rows = scan(con, path, {"id": "id"}).filter("id <> row * 7 % 100003").fetchall()
+    assert rows == []

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from reference_reader import EVENT_ORDER as EVENT_TYPES
 from reference_reader import EventRow, prepare_rows, read_prepared_rows
 
+from common.csv_reader import as_relation
 from common.errors import UserError
 from dataset.prepare import prepare
 from dataset.retailrocket import PROPERTIES
+from dataset.rtrl import load_splits
 from dataset.tables import SPLITS
 
 REAL_SAMPLE = REPOSITORY.parent / "shared" / "data" / "retailrocket-mini"
@@ -456,3 +458,36 @@ def test_the_real_sample(tmp_path: Path) -> None:
     assert read_prepared_rows(tmp_path / "rt") == prepare_rows([
         (row.timestamp, row.visitorid, row.event, row.itemid, "" if np.isnan(row.transactionid) else row.transactionid)
         for row in table.itertuples()])
+
+
+# ------------------------------------------------------------------------------------------------- beyond the memory
+
+
+def test_a_small_memory_limit_gives_the_same_tables(raw_log: Path, rt_tables: Path, tmp_path: Path) -> None:
+    (tmp_path / "rmtl-killed.999999999.partial").mkdir()
+    prepare(raw_log, tmp_path / "rt", memory_limit="60MB")
+    assert read_tree(tmp_path / "rt") == read_tree(rt_tables)
+    assert [path.name for path in tmp_path.iterdir()] == ["rt"], "no temporary folder, nor that of a killed process"
+    text = user_error_message(lambda: prepare(raw_log, tmp_path / "small", memory_limit="1MB"))
+    assert text.startswith("--memory_limit: 1MB bytes are not enough")
+    assert "'plenty' is not a number" in user_error_message(
+        lambda: prepare(raw_log, tmp_path / "small", memory_limit="plenty"))
+    assert [path.name for path in tmp_path.iterdir()] == ["rt"]
+
+
+def test_parquet_tables_read_as_csv_does(raw_log: Path, rt_tables: Path, tmp_path: Path) -> None:
+    prepare(raw_log, tmp_path / "rt", file_format="parquet")
+    assert {*manifest_of(tmp_path / "rt")["outputs"]} == {
+        "train.parquet", "val.parquet", "test.parquet", "item_feadf.parquet", "truth.parquet"}
+    for split, csv_split in zip(*(vars(load_splits(folder)).items() for folder in (tmp_path / "rt", rt_tables)),
+                                strict=True):
+        if split[0] in SPLITS:
+            for name in ("labels", "numerical", "session", "timestamp", "itemid"):
+                np.testing.assert_array_equal(getattr(split[1], name), getattr(csv_split[1], name))
+            for name, field in split[1].fields.items():
+                np.testing.assert_array_equal(field.codes, csv_split[1].fields[name].codes)
+            pd.testing.assert_frame_equal(split[1].ground_truth, csv_split[1].ground_truth)
+    damaged = tmp_path / "rt" / "val.parquet"
+    pd.read_csv(rt_tables / "val.csv").assign(click=3).pipe(as_relation).write_parquet(str(damaged))
+    assert user_error_message(lambda: load_splits(tmp_path / "rt")) == (
+        f"{damaged}, row 1, column 'click': '3' is not a label: 0 or 1")
