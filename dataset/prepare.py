@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from dataset.spark import open_spark
 from dataset.tables import FORMATS, print_row_counts, require_new_folder, write_dataset
 
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
-ENGINES = {"duckdb": lambda con, _folder: contextlib.nullcontext(Engine(con)), "spark": open_spark}
+ENGINES: dict[str, Callable[..., contextlib.AbstractContextManager[Engine]]] = {
+    "duckdb": lambda con, _folder: contextlib.nullcontext(Engine(con)), "spark": open_spark}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,

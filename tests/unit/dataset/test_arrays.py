@@ -202,7 +202,8 @@ def test_arrays_that_cannot_be_written(tables: Path, monkeypatch: pytest.MonkeyP
     """One line, and nothing half-written; then they are made."""
     before = read_tree(tables)
     with monkeypatch.context() as patch:
-        patch.setattr(function, lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patch.setattr(function, lambda *_, **__: (_ for _ in ()).throw(full))
         message = user_error_message(lambda: load_splits(tables, data="mapped"))
     assert message == (f"{tables}: memory-mapped arrays cannot be written beside the tables: No space left on device: "
                        "make room or the folder writable, or use --data=memory")
