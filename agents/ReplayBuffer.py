@@ -127,16 +127,19 @@ class ReplayBuffer:
                 with _open_npy_member(archive, "done", np.float32) as (_, shape):
                     (count,) = shape
                 ptr = self._check_metadata(path, saved if isinstance(saved, dict) else {}, metadata, count)
-                self.clear()
-                for name, values in self.data.items():
-                    with _open_npy_member(archive, name, np.float32) as (member, shape):
-                        is_valid = shape == (count, *values.shape[1:])
-                        for start in range(0, count if is_valid else 0, BLOCK_ROWS):
-                            rows = values[start:min(count, start + BLOCK_ROWS)]
-                            rows[:] = np.frombuffer(member.read(4 * rows.size), np.float32).reshape(rows.shape)
-                            is_valid &= bool(np.isfinite(rows).all())
-                    if not is_valid:
-                        raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: {HINT}")
+                for is_checked in (False, True):  # nothing of a damaged file is taken over
+                    for name, values in self.data.items():
+                        with _open_npy_member(archive, name, np.float32) as (member, shape):
+                            is_valid = shape == (count, *values.shape[1:])
+                            for start in range(0, count if is_valid else 0, BLOCK_ROWS):
+                                rows = values[start:min(count, start + BLOCK_ROWS)]
+                                read = np.frombuffer(member.read(4 * rows.size), np.float32).reshape(rows.shape)
+                                is_valid &= bool(np.isfinite(read).all())
+                                if is_checked:
+                                    rows[:] = read
+                        if not is_valid:
+                            raise UserError(f"{path}: '{name}' has the wrong shape or numbers that are not finite: "
+                                            f"{HINT}")
             except (OSError, RuntimeError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 reason = type(error).__name__
                 raise UserError(f"{path}: not a replay buffer that can be read ({reason}): {HINT}") from error

@@ -125,7 +125,7 @@ def _on_sigterm(_number: int, _frame: object) -> None:
 def _exit_with_message(line: str, code: int) -> None:
     """Print one line, below a progress bar if there is one, and exit."""
     with contextlib.suppress(OSError):
-        if distributed.is_main_process():
+        if distributed.is_main_process() and os.environ.get("RANK", "0") == "0":  # also before they are connected
             print(("\n" if sys.stderr.isatty() else "") + line, file=sys.stderr, flush=True)
     try:
         sys.stdout.flush()

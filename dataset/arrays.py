@@ -251,7 +251,7 @@ def _split_arrays(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Arrays
     @functools.cache
     def read(name: str) -> NDArray[Any]:
         # Private and writable, so that torch takes it without a warning; nothing writes.
-        array: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c").view(np.ndarray)
+        array: NDArray[Any] = np.load(folder / f"{name}.npy", mmap_mode="c", allow_pickle=False).view(np.ndarray)
         return array
 
     arrays = {}
@@ -574,7 +574,7 @@ class _Builder:
     def _array(self, name: str, shape: tuple[int, ...], dtype: type, folder: Path | None = None) -> NDArray[Any]:
         """A new file of the arrays. Its space is reserved: a full disk is an error here, not a crash at a write."""
         path = (folder or self.target) / f"{name}.npy"
-        array: NDArray[Any] = np.lib.format.open_memmap(path, "w+", dtype, shape)
+        array: NDArray[Any] = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
         with open(path, "rb+") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
         self.arrays[name] = array
