@@ -41,7 +41,7 @@ SHARDED_RUNS = [(*SHARDED, "--pretrain_path=sharded", "--epoch=1"), (*SHARDED, "
                 (*SHARDED, "--polish=1", "--polish_method=shuffled")]
 SHARED = ["pretrain/rt_ple.pt", *(f"chkpt/RL/res_TD3BC_ple/critic{task}.pth" for task in (1, 2))]
 DRIVER = """
-import json, runpy, shutil, sys
+import json, os, runpy, shutil, sys
 from pathlib import Path
 from common import distributed
 commands, shared, reference = *map(json.loads, sys.argv[1:3]), Path(sys.argv[3])
@@ -51,7 +51,8 @@ for program, *flags in commands:
         runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         assert "--dataset_name=nowhere" in flags and end.code == 2, end.code
-    print("---")
+    if distributed.is_main_process() and os.environ["RANK"] == "0":
+        print("---")
     distributed.barrier()
     for path in shared:
         if distributed.is_main_process() and Path(path).exists():

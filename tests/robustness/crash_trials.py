@@ -75,8 +75,6 @@ EXPERIMENTS = ("experiments --tables=main --models=esmm --seeds=2 --workers=1 --
         "--critic_epoch=2 --critic_updates=5 --critic_batch=64")
 SL_DIR, RL_DIR, POLISH_DIR = "chkpt/SL/rt_esmm", "chkpt/RL/res_TD3BC_esmm", "chkpt/SL/rt_esmm/rt_esmm_1.0"
 
-simulate.EVENTS_PER_BLOCK = simulate.PROPERTY_ROWS_PER_BLOCK = 4_000  # so that the log has several blocks
-
 PROGRAMS = {
     "simulate": Program(SIMULATE, (), ("raw/*",)),
     "prepare": Program(PREPARE, (SIMULATE,), ("dataset/rt/*",)),
@@ -105,6 +103,7 @@ def start(command: str, folder: Path) -> int:
             file.close()
         return pid
     code = 1
+    simulate.EVENTS_PER_BLOCK = simulate.PROPERTY_ROWS_PER_BLOCK = 4_000  # so that the log has several blocks
     try:
         os.chdir(folder)
         for number, file in enumerate(streams, start=1):
