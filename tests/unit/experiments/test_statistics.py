@@ -168,7 +168,8 @@ def test_report_of_incomplete_results(tmp_path: Path, count: int) -> None:
     assert "No model has a complete set of runs" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("folder", [DOCS, DOCS / "replication", DOCS / "kr"], ids=["results", "replication", "kr"])
+@pytest.mark.parametrize("folder", [DOCS, DOCS / "replication", DOCS / "kr", DOCS / "rt"],
+                         ids=["results", "replication", "kr", "rt"])
 def test_published_report_matches_published_results(folder: Path, tmp_path: Path) -> None:
     published = (folder / "report.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^    (python3 -m experiments .*)$", published, re.MULTILINE)
