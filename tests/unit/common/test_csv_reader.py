@@ -309,7 +309,7 @@ def test_file_without_header_is_told(tmp_path: Path, first: str, told: str) -> N
     assert told in user_error_message(lambda: table_of(tmp_path / "a.csv", f"{first}\n2,1,y\n"))
 
 
-# ------------------------------------------------------------------------------------------- what DuckDB reads otherwise
+# ----------------------------------------------------------------------------------------- what DuckDB reads otherwise
 
 
 @pytest.mark.parametrize(("rows", "notes"), [
