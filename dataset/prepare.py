@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,8 @@ from dataset.spark import open_spark
 from dataset.tables import FORMATS, print_row_counts, require_new_folder, write_dataset
 
 IMPORTERS = {"retailrocket": retailrocket, "kuairand": kuairand}
-ENGINES = {"duckdb": lambda con, _folder: contextlib.nullcontext(Engine(con)), "spark": open_spark}
+ENGINES: dict[str, Callable[..., contextlib.AbstractContextManager[Engine]]] = {
+    "duckdb": lambda con, _folder: contextlib.nullcontext(Engine(con)), "spark": open_spark}
 
 
 def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session: int | None = None,
@@ -61,7 +62,7 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
     with exclusive_lock(out_dir):
         require_new_folder(out_dir)
         options = [tasks] if tasks else []
-        with (connect(memory_limit, folder=out_dir.parent) as con, ENGINES[engine](con, out_dir.parent) as runner):
+        with connect(memory_limit, folder=out_dir.parent) as con, ENGINES[engine](con, out_dir.parent) as runner:
             dataset = IMPORTERS[source].load_raw(runner, raw_dir, session_gap, min_session, *options)
             print_row_counts(dataset)
             write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format,

@@ -71,7 +71,7 @@ def open_spark(con: DuckDBPyConnection, parent: Path) -> Iterator[SparkEngine]:
         raise UserError("--engine=spark: Java is not installed: Spark 4 needs Java 17 or later (apt-get install "
                         "default-jre-headless)")
     with temporary_folder(parent) as folder:
-        settings = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
+        settings: dict[str, Any] = {"spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false"}
         spark = SparkSession.builder.appName("dataset.prepare").config(map=settings).getOrCreate()
         spark.sparkContext.setLogLevel("ERROR")
         try:
