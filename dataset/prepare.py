@@ -62,7 +62,7 @@ def prepare(raw_dir: Path, out_dir: Path, session_gap: float = 0.0, min_session:
     with exclusive_lock(out_dir):
         require_new_folder(out_dir)
         options = [tasks] if tasks else []
-        with (connect(memory_limit, folder=out_dir.parent) as con, ENGINES[engine](con, out_dir.parent) as runner):
+        with connect(memory_limit, folder=out_dir.parent) as con, ENGINES[engine](con, out_dir.parent) as runner:
             dataset = IMPORTERS[source].load_raw(runner, raw_dir, session_gap, min_session, *options)
             print_row_counts(dataset)
             write_dataset(dataset, out_dir, {"session_gap": session_gap, "min_session": min_session}, file_format,

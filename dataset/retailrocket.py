@@ -155,8 +155,8 @@ def _make_sessions(engine: Engine, path: Path, session_gap: float, min_session: 
 def _require_ground_truth(engine: Engine, path: Path) -> None:
     """Raise UserError unless the simulator's probabilities of each row are in the file once."""
     row, item, visitor = engine.query(
-        "SELECT max(row), itemid, visitorid FROM truth GROUP BY timestamp, visitorid, itemid HAVING count(*) > 1 "
-        "ORDER BY max(row) LIMIT 1")
+        "SELECT max(row) AS last, itemid, visitorid FROM truth GROUP BY timestamp, visitorid, itemid "
+        "HAVING count(*) > 1 ORDER BY last LIMIT 1")
     if row is not None:
         raise UserError(f"{cell_location(path, row, 'itemid')}: duplicate row of item {item} for visitor {visitor} at "
                         "that time: remove the file")

@@ -246,7 +246,7 @@ def write_dataset(dataset: PreparedDataset, out_dir: Path, settings: Mapping[str
         }
         write_json(folder / "manifest.json", manifest)
         try:
-            with connect(memory_limit) as con:
+            with connect(memory_limit, folder=out_dir.parent) as con:
                 scan_tables(con, folder, read_manifest(folder / "manifest.json"))
         except UserError as error:
             raise UserError(f"not written: {str(error).replace(str(folder), str(out_dir))}") from None
