@@ -9,26 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from benchmarks.__main__ import hardware_info
+from benchmarks.memory import measure
 from benchmarks.throughput import REPOSITORY, cache_folder, load_data
-from common.errors import UserError, cli_entry_point, command_line
+from common.errors import cli_entry_point, command_line
 from common.fileio import write_json
 from dataset.manifest import SPLITS
 from train.plots import save_figure
 
 ROWS = (1_000_000, 10_000_000, 30_000_000)
 COMMAND = ("SLmain.py", "--dataset_name=scaled", "--model_name=esmm", "--epoch=1")
-SAMPLE_SECONDS = 0.1
 
 
 def tile_tables(source: Path, folder: Path, rows: int) -> int:
@@ -51,24 +47,8 @@ def tile_tables(source: Path, folder: Path, rows: int) -> int:
 
 def profile_run(folder: Path, *flags: str) -> dict[str, float]:
     """Seconds and peak anonymous memory (GiB) of the command in `folder`, in a separate process. Raises UserError."""
-    start, peak = time.perf_counter(), 0
-    process = subprocess.Popen([sys.executable, str(REPOSITORY / COMMAND[0]), *COMMAND[1:], *flags], cwd=folder,
-                               stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
-    while process.poll() is None:
-        peak = max(peak, anonymous_memory(process.pid))
-        time.sleep(SAMPLE_SECONDS)
-    if process.returncode:
-        raise UserError(f"{' '.join([*COMMAND, *flags])}: exit code {process.returncode}")
-    return {"seconds": time.perf_counter() - start, "gib": peak / 2**30}
-
-
-def anonymous_memory(pid: int) -> int:
-    """Bytes of a process that are no pages of files; 0 where it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
+    seconds, peak = measure([*COMMAND, *flags], folder)
+    return {"seconds": seconds, "gib": peak / 2**30}
 
 
 @cli_entry_point

@@ -291,10 +291,9 @@ class _Builder:
         """Write all arrays; return what `arrays.json` says of them."""
         scratch = self.target / "scratch"
         scratch.mkdir()
-        with connect() as self.con:
-            # Beside the arrays, where there is as much space, and removed with them if this process is killed.
-            for sql in (f"SET temp_directory = {literal(scratch)}",
-                        f"ATTACH {literal(scratch / 'staged.db')} AS staged", "USE staged"):
+        # Beside the arrays, where there is as much space, and removed with them if this process is killed.
+        with connect(folder=scratch) as self.con:
+            for sql in (f"ATTACH {literal(scratch / 'staged.db')} AS staged", "USE staged"):
                 self.con.execute(sql)
             self.con.create_function("normalize", normalize_category, ["VARCHAR"], "VARCHAR")
             self.tables, self.feature_tables = scan_tables(self.con, self.path, self.manifest, self.is_published)

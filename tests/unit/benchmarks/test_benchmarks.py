@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
-from benchmarks import scaling, throughput
+from benchmarks import memory, throughput
 from benchmarks.__main__ import COMPARED, MODELS, main, ratios
 from benchmarks.scaling import tile_tables
 from dataset.rtrl import load_splits
@@ -74,8 +74,8 @@ def test_tiled_tables_load_as_a_data_set(rt_tables: Path, tmp_path: Path) -> Non
 
 
 def test_anonymous_memory_is_that_of_no_file() -> None:
-    before = scaling.anonymous_memory(os.getpid())
+    before = memory.anonymous_bytes(os.getpid())
     block = np.ones(2**23)  # 64 MiB
-    assert 2**25 < scaling.anonymous_memory(os.getpid()) - before < 2**27
+    assert 2**25 < memory.anonymous_bytes(os.getpid()) - before < 2**27
     assert len(block)
-    assert scaling.anonymous_memory(2**30) == 0
+    assert memory.anonymous_bytes(2**30) == 0
